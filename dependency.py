@@ -1,0 +1,173 @@
+"""Phase 2 of VPPO: how much does each token depend on the image? Eq. 3 of arXiv 2510.09285, Appendices F and G.
+
+    S(s_t, I) = D( pi(. | s_t, I)  ||  pi(. | s_t, I') ),      I' = the image, masked
+
+The same response is scored twice without gradient, once with the true image and once with the masked one. Where the two
+next-token distributions agree, the token could have been written blindfolded; where they part, it needs the picture.
+
+    MASKS      I -> I'      blacken (paper's choice), noise, blur, grey
+    METRICS    D            kl (Eq. 3, the paper's choice), jsd, drop, and k3, which the official code uses instead of kl
+    score      both passes over a rollout batch: old_logprobs, entropy and S at once
+
+Where we deviate from the official code: Eq. 3 is computed exactly, over the whole vocabulary, not estimated from the one
+sampled token; and a masked image is drawn per prompt, not per response (`mask_per="rollout"` draws one per response).
+"""
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+
+from loss import token_entropy
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks (Appendix F): PIL image, numpy Generator -> PIL image of the same size and mode
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def blacken(image, rng, patch_size=14, prob=0.5):
+    """Each patch of patch_size x patch_size pixels turns black with probability `prob`; cut-off patches at the edges too."""
+    pixels = np.array(image)
+    rows, columns = -(-image.height // patch_size), -(-image.width // patch_size)
+    black = rng.random((rows, columns)) < prob  # True = hidden
+    black = black.repeat(patch_size, axis=0).repeat(patch_size, axis=1)[: image.height, : image.width]
+    pixels[black] = 0
+    return Image.fromarray(pixels)
+
+
+def noise(image, rng, sigma=189.0):
+    """Gaussian noise of standard deviation `sigma` (of 255) on every channel of every pixel, clipped to 0..255."""
+    pixels = np.asarray(image, np.float32)
+    return Image.fromarray((pixels + rng.normal(0, sigma, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+def blur(image, rng=None, radius=6):
+    """Gaussian blur of the given radius in pixels. Draws nothing; takes `rng` so that all masks are called alike."""
+    return image.filter(ImageFilter.GaussianBlur(radius))
+
+
+def grey(image, rng=None, level=128):
+    """The whole image in one grey. Draws nothing; takes `rng` so that all masks are called alike."""
+    return Image.fromarray(np.full_like(np.asarray(image), level))
+
+
+MASKS = {"blacken": blacken, "noise": noise, "blur": blur, "grey": grey}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics: logits with the true image, logits with the masked one, both (..., V) -> (...) float32, in nats where a divergence
+# ---------------------------------------------------------------------------------------------------------------------
+LOG_TINY = float(np.log(1e-30))  # what counts as "impossible under the masked image", so that KL stays finite
+
+
+def log_probabilities(logits):
+    """(log p, p) in float32; an id at -inf (forbidden) has p exactly 0 and log p = log 1e-30, which keeps products finite."""
+    logp = torch.log_softmax(logits.float(), dim=-1)
+    return logp.masked_fill(logp == -torch.inf, LOG_TINY), logp.exp()
+
+
+def kl(logits, masked_logits, ids=None):
+    """Eq. 3: KL(p || p') = sum_v p_v (log p_v - log p'_v), p with the true image, p' with the masked one.
+
+    -inf in both contributes 0; -inf in the masked one alone counts as probability 1e-30. Never negative: rounding leaves
+    about -1e-8 where it is really 0.
+
+    Example: p = (1/2, 1/4, 1/4), p' = (1/4, 1/4, 1/2): 1/2 log 2 + 0 - 1/4 log 2 = 0.1733.
+    """
+    logp, p = log_probabilities(logits)
+    logq, _ = log_probabilities(masked_logits)
+    return (p * (logp - logq)).sum(dim=-1).clamp(min=0)
+
+
+def jsd(logits, masked_logits, ids=None):
+    """Jensen-Shannon divergence (Table 12): the mean KL of p and of p' to their mixture m = (p + p') / 2; in [0, log 2].
+
+    Example: p = (1/2, 1/4, 1/4), p' = (1/4, 1/4, 1/2): m = (3/8, 1/4, 3/8), JSD = 1/2 log 4/3 + 1/4 log 2/3 = 0.0425.
+    """
+    logp, p = log_probabilities(logits)
+    logq, q = log_probabilities(masked_logits)
+    logm = torch.logaddexp(logp, logq) - np.log(2)
+    return ((p * (logp - logm)).sum(dim=-1) / 2 + (q * (logq - logm)).sum(dim=-1) / 2).clamp(min=0)
+
+
+def sampled(logits, ids):
+    """log p of the sampled token: (..., V), (...) -> (...)."""
+    return logits.float().gather(-1, ids[..., None])[..., 0] - logits.float().logsumexp(dim=-1)
+
+
+def probability_drop(logits, masked_logits, ids):
+    """p(o_t) - p'(o_t) of the sampled token (Table 12); in [-1, 1], negative where the masked image makes it likelier."""
+    return sampled(logits, ids).exp() - sampled(masked_logits, ids).exp()
+
+
+def k3(logits, masked_logits, ids):
+    """The official code's estimate of Eq. 3 from the one sampled token: d = log p'(o_t) - log p(o_t), S = e^d - d - 1.
+
+    d is clamped to +-20 and S to 0..10. Its mean over o_t ~ p is KL(p || p'), but a single draw says little (README).
+
+    Example: p(o) = 1/2, p'(o) = 1/4: d = -log 2, S = 1/2 + log 2 - 1 = 0.1931.
+    """
+    d = (sampled(masked_logits, ids) - sampled(logits, ids)).clamp(-20, 20)
+    return (d.exp() - d - 1).clamp(0, 10)
+
+
+METRICS = {"kl": kl, "jsd": jsd, "drop": probability_drop, "k3": k3}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two scoring passes
+# ---------------------------------------------------------------------------------------------------------------------
+def mask_images(images, mask, key):
+    """Masked copies of one prompt's images, drawn by a generator keyed by the integers `key` (seed, step, prompt)."""
+    rng = np.random.default_rng(key)
+    return [MASKS[mask](image.convert("RGB"), rng) for image in images]
+
+
+@torch.no_grad()
+def score(policy, rollout, masked_prompts=None, metric="kl", prompts_at_once=None):
+    """One scoring pass over a rollout batch: what phase 3 and the objective need to know about pi_old.
+
+    policy:         model.Policy; rollout: rollout.Rollout with Q prompts and B responses.
+    masked_prompts: the same prompts encoded with masked images, Q of them (one per prompt) or B (one per response);
+                    None skips the second pass (DAPO and GRPO do not need it) and gives S = 0.
+    metric:         a name in METRICS.
+    prompts_at_once: how many prompts, each with its whole group, go through the model together; changes memory, not numbers.
+
+    Returns {"logprobs", "entropy", "dependency"}, each (B, T) float32, 0 on padding.
+    """
+    B, Q = rollout.response_ids.shape[0], len(rollout.prompts)
+    G = B // Q
+    out = {key: torch.zeros(rollout.response_ids.shape, device=policy.device) for key in ("logprobs", "entropy", "dependency")}
+    for start in range(0, Q, prompts_at_once or Q):
+        prompts = rollout.prompts[start : start + (prompts_at_once or Q)]
+        rows = slice(start * G, (start + len(prompts)) * G)
+        ids, mask = rollout.response_ids[rows], rollout.response_mask[rows]
+        states = policy.states(prompts, ids, mask)[mask]  # (N, H): padding dropped
+        masked_states = None
+        if masked_prompts is not None:
+            per_prompt = len(masked_prompts) // Q  # 1, or G with one masked image per response
+            chosen = masked_prompts[start * per_prompt : (start + len(prompts)) * per_prompt]
+            masked_states = policy.states(chosen, ids, mask)[mask]
+        for key, values in score_tokens(policy.logits, states, masked_states, ids[mask], metric).items():
+            out[key][rows] = out[key][rows].masked_scatter(mask, values)
+    return out
+
+
+def score_tokens(head, states, masked_states, ids, metric="kl", chunk_elements=2**24):
+    """From hidden states to per-token numbers, chunk by chunk, so that no tensor of size tokens x V is ever alive.
+
+    head: (n, H) -> (n, V) float32 logits. states, masked_states: (N, H), the latter may be None. ids: (N,) sampled tokens.
+    A chunk has at most chunk_elements / V tokens: at V = 151,936 (Qwen) that is 110 tokens and 64 MiB a tensor.
+    Returns {"logprobs", "entropy", "dependency"}, each (N,) float32.
+    """
+    vocabulary = head(states[:1]).shape[-1] if len(states) else 1
+    results = {"logprobs": [], "entropy": [], "dependency": []}
+    for start in range(0, len(states), max(1, chunk_elements // vocabulary)):
+        chunk = slice(start, start + max(1, chunk_elements // vocabulary))
+        logits = head(states[chunk])
+        results["logprobs"].append(sampled(logits, ids[chunk]))
+        results["entropy"].append(token_entropy(logits))
+        if masked_states is None:
+            results["dependency"].append(torch.zeros(len(logits), device=logits.device))
+        else:
+            results["dependency"].append(METRICS[metric](logits, head(masked_states[chunk]), ids[chunk]))
+    return {key: torch.cat(values) if values else torch.zeros(0) for key, values in results.items()}

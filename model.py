@@ -1,0 +1,241 @@
+"""A Hugging Face vision-language model, seen the way RL needs it: prompts in, log-probabilities of given responses out.
+
+Nothing here names a model family. What differs between families is found from the processor's output (which tensors an
+image becomes), from the config (which ids stand for an image) and from the model (whether it keeps `rope_deltas`).
+
+    encode     one example  -> one prompt: the processor's tensors, unpadded
+    collate    some prompts -> one left-padded batch
+    Policy     model + temperature + forbidden ids: hidden states and logits of responses
+
+The prompt is shared by its group. The G responses to a prompt see the same image and question, so the prompt is run once,
+its key/value cache repeated G times, and only response tokens run on top: in generation, in scoring, on the masked image and
+in the update, where the gradient flows back through the cache. Exactly the same numbers as repeating the prompt G times (the
+*plain* path, kept as fallback and reference), at a fraction of the work: an image is hundreds of tokens.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import is_torchvision_available
+
+from loss import token_entropy
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------------
+def image_text_processor(cls):
+    """A processor class without its video part, which needs torchvision; its images, tokenizer and template are untouched.
+
+    AutoProcessor fails for families with a video processor when torchvision is missing. Naming only two parts in
+    `get_attributes` makes loading, saving and type checks skip the third.
+    """
+    return type(cls.__name__, (cls,), {"get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"])})
+
+
+def load(name, dtype="float32", device="cpu", trust_remote_code=False):
+    """(model, processor) from a folder in Hugging Face format or a hub id; weights from safetensors only.
+
+    Raises ValueError with one sentence if there is no such folder or model, or it is not an image-text-to-text model.
+    """
+    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+        raise ValueError(f"model folder '{name}' has no config.json: give a folder in Hugging Face format, or a hub id")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model '{name}' is neither a local folder nor a hub id that can be read: {reason}") from error
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        raise ValueError(f"model '{name}' ({config.model_type}) is not an image-text-to-text model")
+    model = AutoModelForImageTextToText.from_pretrained(
+        name, config=config, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code
+    ).to(device)
+    return model, load_processor(name, config)
+
+
+def load_processor(name, config):
+    """The processor of a model; without torchvision, the same class less its video part."""
+    cls = PROCESSOR_MAPPING.get(type(config), None)
+    if cls is None or is_torchvision_available() or "video_processor" not in cls.get_attributes():
+        return AutoProcessor.from_pretrained(name)
+    return image_text_processor(cls).from_pretrained(name)
+
+
+def save(policy, folder):
+    """Write an ordinary Hugging Face folder: weights as safetensors, config, processor, and the shipped generation defaults."""
+    policy.model.generation_config = policy.shipped_generation_config
+    try:
+        policy.model.save_pretrained(folder)
+    finally:
+        policy.model.generation_config = neutral_generation_config(policy)
+    policy.processor.save_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+# ---------------------------------------------------------------------------------------------------------------------
+def encode(processor, example, system="", images=None):
+    """One example as one prompt: the processor's tensors, not padded. `images` replaces the example's (the masked ones).
+
+    `<image>` in the problem marks where an image goes; without a marker the images come first. Raises ValueError if markers
+    and images do not match.
+    """
+    images = example.images if images is None else images
+    pieces = example.problem.split("<image>")
+    if len(pieces) == 1:
+        pieces = [""] * len(images) + pieces
+    if len(pieces) != len(images) + 1:
+        raise ValueError(f"{example.name}: {len(pieces) - 1} <image> markers but {len(images)} images: make them equal")
+    content = []
+    for i, piece in enumerate(pieces):
+        content += [{"type": "image", "image": images[i - 1]}] if i else []
+        content += [{"type": "text", "text": piece}] if piece else []
+    messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+    messages.append({"role": "user", "content": content})
+    return dict(
+        processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+    )
+
+
+def is_per_token(prompt, key):
+    """True for tensors with one entry per token (ids, attention mask, token types); the others belong to the images."""
+    return prompt[key].shape == prompt["input_ids"].shape and not prompt[key].is_floating_point()
+
+
+def collate(prompts, copies=1, pad_id=0, device=None):
+    """Prompts -> one batch of len(prompts) * copies rows, each prompt repeated `copies` times in a row.
+
+    Per-token tensors are padded on the left (so that every response starts in the same column); image tensors, which Qwen
+    models keep flat over patches and others one row per image, are concatenated, with zeros where their other sizes differ.
+    """
+    prompts = [prompt for prompt in prompts for _ in range(copies)]
+    length = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    batch = {}
+    for key in dict.fromkeys(key for prompt in prompts for key in prompt):
+        tensors = [prompt[key] for prompt in prompts if key in prompt]
+        if is_per_token(prompts[0], key):
+            fill = pad_id if key == "input_ids" else 0
+            tensors = [nn.functional.pad(t, (length - t.shape[1], 0), value=fill) for t in tensors]
+        elif len({t.shape[1:] for t in tensors}) > 1:
+            sizes = [max(size) for size in zip(*(t.shape[1:] for t in tensors))]
+            tensors = [nn.functional.pad(t, [p for n, m in zip(t.shape[:0:-1], sizes[::-1]) for p in (0, m - n)]) for t in tensors]
+        batch[key] = torch.cat(tensors).to(device)
+    return batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The policy
+# ---------------------------------------------------------------------------------------------------------------------
+def placeholder_ids(model, processor):
+    """Ids that stand for an image, a video or their borders. A policy that samples one crashes its next forward pass."""
+    names = ("image", "video", "vision", "audio")
+    found = set()
+    for owner in (model.config, processor, processor.tokenizer):
+        for key in vars(owner):
+            if key.endswith(("_token_id", "_token_index")) and any(name in key for name in names):
+                found.add(getattr(owner, key))
+    for token, index in processor.tokenizer.get_added_vocab().items():
+        if any(name in token.lower() for name in names):
+            found.add(index)
+    return sorted(i for i in found if isinstance(i, int) and 0 <= i < model.get_input_embeddings().num_embeddings)
+
+
+def neutral_generation_config(policy):
+    """Sampling settings of which none is left to a checkpoint's own defaults (top_k 50, repetition penalties, ...)."""
+    return GenerationConfig(eos_token_id=policy.eos_ids, pad_token_id=policy.pad_id)
+
+
+class Policy(nn.Module):
+    """pi_theta: a model and the one distribution that is both sampled and scored.
+
+    The distribution is softmax(logits / temperature) with the image placeholders removed. It is a Module because
+    DistributedDataParallel and FSDP wrap modules; `forward` is what the update differentiates.
+    """
+
+    def __init__(self, model, processor, temperature=1.0, share_prompt=True):
+        super().__init__()
+        self.model, self.processor = model, processor
+        self.temperature, self.share_prompt = temperature, share_prompt
+        self.forbidden = placeholder_ids(model, processor)
+        tokenizer = processor.tokenizer
+        self.shipped_generation_config = model.generation_config
+        eos = model.generation_config.eos_token_id or tokenizer.eos_token_id
+        self.eos_ids = sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])})
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        model.generation_config = neutral_generation_config(self)
+
+    @property
+    def device(self):
+        return next(self.model.parameters()).device
+
+    def positions(self, batch):
+        """position_ids for a forward pass, counting real tokens only; {} where the model makes its own from image grids."""
+        if hasattr(self.model.base_model, "rope_deltas"):
+            self.model.base_model.rope_deltas = None  # whatever `generate` left there belongs to another batch
+            if "mm_token_type_ids" in batch and batch["mm_token_type_ids"].any():
+                return {}
+        return {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+
+    def prefill(self, prompts, copies):
+        """Run each prompt once, but for its last token, and repeat its cache `copies` times.
+
+        Returns (cache, batch, offset). batch: the collated prompts' per-token tensors, repeated too. offset (B, 1): what to
+        add to a token's count of real predecessors to get its position (in Qwen's three-axis positions an image advances by
+        less than its number of tokens). The last prompt token is left out because it is the one that predicts the first
+        response token: whoever continues feeds it first.
+        """
+        batch = collate(prompts, 1, self.pad_id, self.device)
+        per_token = {key: value for key, value in batch.items() if is_per_token(batch, key)}
+        inputs = batch | {key: value[:, :-1] for key, value in per_token.items()}
+        body = self.model.base_model
+        cache = body(**inputs, **self.positions(inputs), use_cache=True).past_key_values
+        cache.batch_repeat_interleave(copies)
+        offset = getattr(body, "rope_deltas", None)  # (Q, 1), set by the forward pass above
+        if offset is None:
+            offset = per_token["input_ids"].new_zeros(len(prompts), 1)
+        repeated = {key: value.repeat_interleave(copies, dim=0) for key, value in per_token.items()}
+        return cache, repeated, offset.repeat_interleave(copies, dim=0)
+
+    def states(self, prompts, response_ids, response_mask):
+        """The hidden state that predicts each response token: (B, T, H), rows of len(response_ids) // len(prompts) a prompt."""
+        copies = len(response_ids) // len(prompts)
+        body = self.model.base_model
+        if self.share_prompt:
+            cache, batch, offset = self.prefill(prompts, copies)
+            ids = torch.cat([batch["input_ids"][:, -1:], response_ids[:, :-1]], dim=1)  # (B, T)
+            mask = torch.cat([batch["attention_mask"], response_mask[:, :-1].long()], dim=1)  # (B, L + T - 1)
+            position = (mask.cumsum(1) - 1)[:, -ids.shape[1] :] + offset  # the same on all three axes: text has no grid
+            return body(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)[0]
+        batch = collate(prompts, copies, self.pad_id, self.device)
+        start = batch["input_ids"].shape[1] - 1  # the column of the last prompt token
+        tail = {"input_ids": response_ids[:, :-1], "attention_mask": response_mask[:, :-1].long()}
+        for key in [key for key in batch if is_per_token(batch, key)]:  # token types of a response: 0, plain text
+            batch[key] = torch.cat([batch[key], tail.get(key, torch.zeros_like(response_ids[:, :-1]))], dim=1)
+        return body(**batch, **self.positions(batch), use_cache=False)[0][:, start:]
+
+    def logits(self, states):
+        """(..., H) -> (..., V) float32 logits of the distribution that is sampled: temperature applied, placeholders at -inf."""
+        logits = self.model.get_output_embeddings()(states).float()
+        bias = torch.zeros(logits.shape[-1], device=logits.device).index_fill_(0, self.forbidden_index(logits.device), -torch.inf)
+        return torch.add(bias, logits, alpha=1 / self.temperature)
+
+    def forbidden_index(self, device):
+        """The forbidden ids as an index tensor."""
+        return torch.tensor(self.forbidden, dtype=torch.long, device=device)
+
+    def forward(self, prompts, response_ids, response_mask, token_mask, with_entropy=False):
+        """log pi(o_t | I, s_t) of the sampled tokens, (B, T), at the tokens of `token_mask`, 0 elsewhere; optionally their entropy.
+
+        Only the chosen tokens ever get a row of logits: with TGF that is k of them.
+        """
+        states = self.states(prompts, response_ids, response_mask)
+        logits = self.logits(states[token_mask])  # (N, V)
+        chosen = logits.gather(-1, response_ids[token_mask][:, None])[:, 0] - logits.logsumexp(-1)
+        zeros = torch.zeros_like(response_ids, dtype=chosen.dtype)
+        logprobs = zeros.masked_scatter(token_mask, chosen)
+        return logprobs, zeros.masked_scatter(token_mask, token_entropy(logits)) if with_entropy else None

@@ -1,0 +1,201 @@
+r"""The verifiable reward: 1 if the last \boxed{} of a response equals the true answer, else 0 (paper, section 4).
+
+VPPO leaves the reward alone: no format reward, no partial credit. Whatever else a response says, its box decides.
+A policy under training writes anything, and reinforcement finds every hole in a grader, so two rules hold throughout:
+no text is ever run as code, and no text raises or stalls a run.
+
+Two graders, chosen by `--grader`:
+* `exact` (default, no dependency): numbers as exact fractions, option letters, words, otherwise normalised text.
+* `math-verify`: also algebra, "2\sqrt{3}" = "\sqrt{12}", through sympy. `pip install math-verify`.
+"""
+
+import re
+import threading
+from fractions import Fraction
+
+# A final answer is short. Longer ones must match character by character, which bounds the time of everything below and
+# keeps numbers far under Python's limit on converting between int and str (4,300 digits).
+MAX_LENGTH = 300
+TIME_LIMIT = 3  # seconds for each call into math-verify; an ordinary answer takes a hundredth of that
+
+
+# "\\." swallows escaped characters, so that the braces of \{ and \} are text and not structure, as in TeX.
+BRACES = re.compile(r"(\\boxed\s*\{)|\\.|([{}])", re.DOTALL)
+
+
+def extract_answer(text):
+    r"""Content of the last balanced \boxed{...} of a response (paper, section 4).
+
+    Of nested boxes the inner one counts, as it opens last. A box that never closes, the mark of a response cut off at
+    its token limit, is skipped in favour of an earlier one. One pass with a stack: linear for any noise.
+
+    Args: text (str): a response. Anything else, such as None, has no answer.
+    Returns: str, possibly empty, or None without a balanced box.
+    Errors: none.
+
+    >>> extract_answer(r"First \boxed{3}, no: \boxed{\frac{1}{2}}, or \boxed{4")
+    '\\frac{1}{2}'
+    """
+    if not isinstance(text, str):
+        return None
+    stack = []  # per open brace: where the content of its box starts, or None for an ordinary brace
+    best_start, best_end = -1, -1
+    for match in BRACES.finditer(text):
+        box, brace = match.groups()
+        if box:
+            stack.append(match.end())
+        elif brace == "{":
+            stack.append(None)
+        elif brace == "}" and stack:
+            start = stack.pop()
+            if start is not None and start > best_start:
+                best_start, best_end = start, match.start()
+    return text[best_start:best_end] if best_start >= 0 else None
+
+
+FONTS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+THOUSANDS = re.compile(r"([+-]?[1-9][0-9]{0,2}(,|\{,\}|\\,)[0-9]{3}(?:\2[0-9]{3})*)((?:\.[0-9]*)?\s*(?:\\?%)?)")
+DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"  # [0-9] and not \d, which matches the digits of every script
+# sign, whole part of a mixed number, numerator (or the number itself), denominator, percent
+NUMBER = re.compile(rf"([+-]?)(?:([0-9]+) )?([+-]?{DECIMAL})(?:/([+-]?{DECIMAL}))?(\\?%)?")
+
+
+def parse_number(text):
+    r"""The exact value of an integer, decimal, fraction, mixed number or percentage, else None.
+
+    Fractions, not floats: 0.1 + 0.2 is 0.3 here, and 0.3333 is not 1/3. There is no exponent form, since a short
+    "1e999999" would stand for a million digits.
+
+    >>> parse_number(r"-1\frac{1}{2}"), parse_number("50%"), parse_number("1/0")
+    (Fraction(-3, 2), Fraction(1, 2), None)
+    """
+    # The space sets off the whole part of a mixed number: "1\frac{1}{2}" becomes "1 1/2".
+    text = re.sub(r"^([+-]?[0-9]*)\\frac\{([^{}]*)\}\{([^{}]*)\}(\\?%)?$", r"\1 \2/\3\4", text)
+    match = NUMBER.fullmatch(re.sub(r"^([+-]?) ", r"\1", text))
+    if not match:
+        return None
+    sign, whole, top, bottom, percent = match.groups()
+    if whole and (not bottom or not (top + bottom).isdigit()):
+        return None  # "1 234" is not a mixed number
+    if bottom and Fraction(bottom) == 0:
+        return None
+    value = Fraction(whole or 0) + Fraction(top) / Fraction(bottom or 1)
+    return value * (-1 if sign == "-" else 1) / (100 if percent else 1)
+
+
+def normalise(text):
+    r"""One spelling for answers that mean the same; two answers are equal if this string is.
+
+    Numbers become exact fractions, also inside tuples and equations: "(0.5, 1)" and "(\frac12,1)" are both "(1/2,1)".
+    Decisions where custom differs:
+    * "50%" is 0.5 and not 50.
+    * "1,234" alone is the number 1234; "1, 234", "(1,234)" and "1,2,3" are lists.
+    * Words and lone letters ignore case ("Yes" = "yes", "(B)" = "b."); formulas do not (\Delta is not \delta).
+    * Units and "x =" are part of the answer.
+
+    >>> normalise(r"$\text{(B)}$."), normalise(r"1{,}234.50"), normalise(r"x = \dfrac{2}{4}")
+    ('b', '2469/2', 'x=1/2')
+    """
+    while (bare := FONTS.sub(r"\1", text)) != text:  # once per level of nesting
+        text = bare
+    # Marks that only set type: $, \( \), \[ \], \left, \right, \!
+    text = re.sub(r"\\?\$|\\[()\[\]!]|\\(?:left|right|displaystyle)(?![A-Za-z])", "", text).replace("\u2212", "-").strip()
+    if match := THOUSANDS.fullmatch(text):  # before spaces go: they tell "1, 234" from "1,234"
+        text = match[1].replace(match[2], "") + match[3]
+    text = re.sub(r"\\[,;: ]|~|\\q?quad(?![A-Za-z])|\s+", " ", text)
+    # A space means something only between words, numbers ("1 1/2", and "1. 5" is not 1.5) and after a command (\pi r).
+    text = re.sub(r" *([^\w\s.]) *", r"\1", re.sub(r" +", " ", text)).strip().removesuffix(".").rstrip()
+    # \dfrac and \tfrac only differ in size; \frac12 and \sqrt3 leave out braces.
+    text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
+    text = re.sub(r"\\frac ?([0-9])(?= ?[0-9{])", r"\\frac{\1}", text)
+    text = re.sub(r"(\\frac\{[^{}]*\}|\\sqrt) ?([0-9])", r"\1{\2}", text)
+    # Brackets around one number or one letter carry nothing: "(5)", "[B]", "B)".
+    if match := re.fullmatch(r"\(([^()\[\],;=]*)\)|[(\[]?([A-Za-z])[)\]]?", text):
+        text = match[1] or match[2] or ""
+    if text.replace(" ", "").isalpha():
+        return text.casefold()
+    pieces = re.split(r"(\\[{}]|[()\[\],;=])", text)
+    values = [parse_number(piece) for piece in pieces]
+    return "".join(piece if value is None else str(value) for piece, value in zip(pieces, values))
+
+
+def exact_equal(answer, truth):
+    """Whether two answers have the same normal form. An empty answer equals nothing.
+
+    >>> exact_equal("0.75", "3/4"), exact_equal("0.33", "1/3"), exact_equal("", "")
+    (True, False, False)
+    """
+    normal = normalise(answer)
+    return normal != "" and normal == normalise(truth)
+
+
+def math_verify_equal(answer, truth):
+    r"""Whether two answers are equal to `exact`, or mathematically equal to the math-verify package.
+
+    It is more generous than `exact`: "x=5" is 5, "5 cm" is 5, 50% is both 0.5 and 50, the list 1,2 is the set {2,1}, and
+    decimals agree when rounded to six places. Its time limit is an alarm signal, which only the main thread may set;
+    in other threads there is none.
+
+    >>> math_verify_equal(r"2\sqrt{3}", r"\sqrt{12}")  # doctest: +SKIP
+    True
+    """
+    if exact_equal(answer, truth):
+        return True
+    if normalise(truth).isalpha():  # a word or an option letter: read as a product of letters, "on" would equal "no"
+        return False
+    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify.errors import TimeoutException
+
+    limit = TIME_LIMIT if threading.current_thread() is threading.main_thread() else None
+    # LaTeX only: the package's plain-expression reader goes through sympy's parse_expr, which calls eval().
+    latex = [LatexExtractionConfig(boxed_match_priority=0)]
+    try:
+        # Dollar signs inside the box would let it pick one formula out of several.
+        boxes = [r"\boxed{" + text.replace("$", " ") + "}" for text in (truth, answer)]
+        gold, guess = (parse(box, latex, parsing_timeout=limit) for box in boxes)
+        return bool(verify(gold, guess, timeout_seconds=limit))
+    except (Exception, TimeoutException):  # TimeoutException is a BaseException; a Ctrl-C must still get through
+        return False
+
+
+GRADERS = {"exact": exact_equal, "math-verify": math_verify_equal}
+
+
+def check_grader(grader):
+    """Fail early: scripts call this at start-up, so that a run does not die at its first reward.
+
+    Args: grader (str): a key of GRADERS.
+    Errors: ValueError for an unknown name, ImportError where math-verify is not installed.
+
+    >>> check_grader("exact")
+    """
+    if grader not in GRADERS:
+        raise ValueError(f"unknown grader {grader!r}: choose one of {', '.join(GRADERS)}")
+    if grader == "math-verify":
+        try:
+            import math_verify  # noqa: F401
+        except ImportError as error:
+            message = "grader math-verify is not installed: pip install math-verify or use --grader exact"
+            raise ImportError(message) from error
+
+
+def grade(response, truth, grader="exact"):
+    r"""The reward R_i of one response (paper, section 4).
+
+    Args: response (str): what the policy wrote; any text, or None. truth (str): the true answer, bare or in \boxed{} or
+        $...$. grader (str): a key of GRADERS.
+    Returns: float, 1.0 or 0.0. No box, or an empty one, is 0.0.
+    Errors: none from the response; those of check_grader.
+
+    >>> grade(r"<think> 2 of 4 </think> so \boxed{\frac{2}{4}}", "0.5"), grade("it is 0.5", "0.5")
+    (1.0, 0.0)
+    """
+    check_grader(grader)
+    answer, truth = extract_answer(response), str(truth)
+    boxed = extract_answer(truth)
+    truth = (truth if boxed is None else boxed).strip()
+    if answer is None or not answer.strip():
+        return 0.0
+    if max(len(answer), len(truth)) > MAX_LENGTH:
+        return float(answer.strip() == truth)
+    return float(GRADERS[grader](answer, truth))

@@ -1,0 +1,126 @@
+"""Phase 1 of VPPO: G responses to each of Q prompts, by plain Hugging Face `generate`.
+
+Algorithm 1, line "sample responses from pi_old". Nothing of VPPO happens here: sampling is what it is in GRPO and DAPO.
+
+What needs care (each of these has cost someone days):
+* every sampling setting is explicit; checkpoints ship their own top_k, top_p and repetition penalties;
+* image placeholders are never sampled: a response with one crashes the next forward pass;
+* a response ends *with* its end-of-sequence token, which is an action like any other and is trained;
+* a response cut by the length limit is flagged: it has no end token and, mostly, no answer.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from model import collate
+
+
+@dataclass
+class Rollout:
+    """Q prompts and their B = Q * G responses, group after group."""
+
+    prompts: list  # Q dicts of processor tensors, unpadded (model.encode)
+    response_ids: torch.Tensor  # (B, T) right padded, the end-of-sequence token included
+    response_mask: torch.Tensor  # (B, T) True on real tokens
+    texts: list  # B strings, without special tokens
+    truncated: torch.Tensor  # (B,) True where the length limit cut the response
+    pad_id: int = 0
+
+    @property
+    def group_size(self):
+        """G, the number of responses to each prompt."""
+        return len(self.response_ids) // len(self.prompts)
+
+    def _full(self, key, tail):
+        batch = collate(self.prompts, self.group_size, self.pad_id)
+        return torch.cat([batch[key].to(tail.device), tail], dim=1)
+
+    @property
+    def input_ids(self):
+        """(B, L + T): left-padded prompts followed by right-padded responses."""
+        return self._full("input_ids", self.response_ids)
+
+    @property
+    def attention_mask(self):
+        """(B, L + T): 1 on real tokens of prompt and response."""
+        return self._full("attention_mask", self.response_mask.long())
+
+    def select(self, groups):
+        """The rollout restricted to some prompts (a list of indices), each with all its responses."""
+        rows = [q * self.group_size + g for q in groups for g in range(self.group_size)]
+        texts = [self.texts[row] for row in rows]
+        return Rollout([self.prompts[q] for q in groups], self.response_ids[rows], self.response_mask[rows], texts, self.truncated[rows], self.pad_id)
+
+
+def concatenate(rollouts):
+    """Several rollouts (of dynamic sampling's rounds) as one, padded to the longest response."""
+    T = max(rollout.response_ids.shape[1] for rollout in rollouts)
+
+    def join(name, fill):
+        pad = torch.nn.functional.pad
+        tensors = [getattr(rollout, name) for rollout in rollouts]
+        return torch.cat([pad(tensor, (0, T - tensor.shape[1]), value=fill) for tensor in tensors])
+
+    return Rollout(
+        sum((rollout.prompts for rollout in rollouts), []),
+        join("response_ids", rollouts[0].pad_id),
+        join("response_mask", False),
+        sum((rollout.texts for rollout in rollouts), []),
+        torch.cat([rollout.truncated for rollout in rollouts]),
+        rollouts[0].pad_id,
+    )
+
+
+@torch.no_grad()
+def generate(policy, prompts, group_size, max_new_tokens=64, temperature=1.0, top_p=1.0, responses_at_once=1024, progress=None):
+    """Sample `group_size` responses to each prompt from pi_theta.
+
+    policy: model.Policy; prompts: list of Q encoded prompts (model.encode).
+    temperature must be the one the policy scores with (policy.temperature), else ratios start away from 1.
+    top_p < 1 samples from the nucleus while scoring keeps the full softmax, as in the paper: two distributions, so
+    sampled tokens are a little likelier than scored. 1.0 makes them one.
+    responses_at_once bounds memory: that many responses are generated together. progress: text for a bar, or None.
+
+    Returns a Rollout. Uses torch's global generator: seed it for the same responses again.
+    """
+    was_training = policy.training
+    policy.eval()  # dropout off; and gradient checkpointing would drop the cache in train mode
+    settings = GenerationConfig(
+        do_sample=True, temperature=temperature, top_p=top_p, top_k=0, min_p=None, typical_p=1.0, repetition_penalty=1.0,
+        no_repeat_ngram_size=0, num_beams=1, max_new_tokens=max_new_tokens, min_new_tokens=0, suppress_tokens=policy.forbidden,
+        eos_token_id=policy.eos_ids, pad_token_id=policy.pad_id, use_cache=True,
+    )  # fmt: skip
+    at_once = max(1, responses_at_once // group_size)  # in prompts
+    # Prompts of similar length together: less padding. `order` is undone at the end.
+    order = sorted(range(len(prompts)), key=lambda q: prompts[q]["input_ids"].shape[1])
+    parts = []
+    starts = range(0, len(prompts), at_once)
+    for start in tqdm(starts, progress, leave=False, disable=None if progress else True):
+        chunk = [prompts[q] for q in order[start : start + at_once]]
+        if policy.share_prompt:
+            cache, batch, offset = policy.prefill(chunk, group_size)
+            if hasattr(policy.model.base_model, "rope_deltas"):
+                policy.model.base_model.rope_deltas = offset
+            sequences = policy.model.generate(**batch, past_key_values=cache, generation_config=settings)
+        else:
+            batch = collate(chunk, group_size, policy.pad_id, policy.device)
+            sequences = policy.model.generate(**batch, generation_config=settings)
+        ids = sequences[:, batch["input_ids"].shape[1] :]
+        parts.append(cut(policy, chunk, ids))
+    policy.train(was_training)
+    rollout = concatenate(parts)
+    place = sorted(range(len(order)), key=order.__getitem__)
+    return rollout.select(place)
+
+
+def cut(policy, prompts, ids):
+    """Generated ids (B, T) -> Rollout: each response ends with its first end-of-sequence token, the rest is padding."""
+    is_end = torch.isin(ids, torch.tensor(policy.eos_ids, device=ids.device))
+    mask = (is_end.cumsum(dim=1) - is_end.long()) == 0  # True up to and including the first end token
+    ids = ids.masked_fill(~mask, policy.pad_id)
+    lengths = mask.sum(dim=1).tolist()
+    texts = [policy.processor.tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in zip(ids, lengths)]
+    return Rollout(prompts, ids, mask, texts, ~is_end.any(dim=1), policy.pad_id)

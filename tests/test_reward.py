@@ -1,0 +1,194 @@
+"""The grader: pairs that are equal, pairs that are not, where the answer is found, and text written to break it."""
+
+import random
+import sys
+import threading
+from fractions import Fraction
+
+import pytest
+
+import reward
+from reward import GRADERS, check_grader, exact_equal, extract_answer, grade, normalise, parse_number
+
+EQUAL = [
+    # integers and decimals
+    ("5", "5"), (" 5 ", "5"), ("+5", "5"), ("007", "7"), ("-0", "0"), ("5.0", "5"), ("5.", "5"), ("5 .", "5"), (".5", "0.50"),
+    ("-3", "- 3"), ("\u22123", "-3"), ("{n}".format(n="9" * 100), "9" * 100 + ".0"),
+    # thousands
+    ("1,234,567", "1234567"), ("1{,}234", "1234"), ("1\\,234", "1234"), ("1,\\!234", "1234"), ("-12,345.50", "-12345.5"),
+    ("\\$1,234", "1234"), ("1,234.", "1234"),
+    # fractions
+    ("1/2", "0.5"), ("2/4", "1/2"), ("1 / 2", "1/2"), ("\\frac{1}{2}", "0.5"), ("\\dfrac{1}{2}", "\\tfrac{2}{4}"),
+    ("\\frac12", "1/2"), ("\\frac 1 2", "1/2"), ("\\frac1{2}", "1/2"), ("\\frac{1}2", "1/2"), ("\\frac { 1 } { 2 }", "1/2"),
+    ("-\\frac{3}{4}", "\\frac{-3}{4}"), ("\\frac{3}{-4}", "-0.75"), ("-\\frac{-3}{4}", "0.75"), ("\\frac{1.5}{3}", "1/2"),
+    ("1 1/2", "3/2"), ("1\\frac{1}{2}", "1.5"), ("-1 \\frac12", "-3/2"), ("1\\ 1/2", "1.5"), ("6/3", "2"),
+    # percentages
+    ("50%", "0.5"), ("50\\%", "1/2"), ("50 \\%", "50%"), ("12.5\\%", "\\frac{1}{8}"), ("\\frac{1}{2}\\%", "0.005"),
+    # type-setting
+    ("$5$", "5"), ("\\(5\\)", "5"), ("\\[ 5 \\]", "5"), ("\\text{5}", "5"), ("\\textbf{\\text{ 5 }}", "5"), ("\\!5\\,", "5"),
+    ("\\left(1,2\\right)", "(1, 2)"), ("2 \\pi", "2\\pi"), ("x + 1", "x+1"), ("\\dfrac{\\sqrt3}{2}", "\\frac{\\sqrt{3}}{2}"),
+    ("5\\mathrm{cm}", "5cm"), ("5~\\text{cm}", "5 cm"), ("\\displaystyle 5", "5"), ("(5)", "5"),
+    # lists, tuples, equations: numbers inside them are numbers too
+    ("1,2,3", "1, 2, 3"), ("(0.5, 1)", "(\\frac12,1)"), ("x = 5.0", "x=5"), ("\\{1, 0.5\\}", "\\{1,1/2\\}"), ("[0, 1)", "[0,1)"),
+    # letters and words
+    ("(B)", "B"), ("B.", "B"), ("[B]", "B"), ("\\text{(B)}", "B"), ("b", "B"), ("B)", "(b)"), ("\\mathbf{B}.", "B"),
+    ("yes", "Yes"), ("\\text{No}", "no"), ("Not  enough information", "not enough information"),
+]  # fmt: skip
+UNEQUAL = [
+    ("5", "6"), ("5", "-5"), ("5", "55"), ("", "0"), ("0.3333", "1/3"), ("0.30000000000000004", "0.3"), ("1/0", "0"), ("0/0", "1/0"),
+    ("50%", "50"), ("1 1/2", "11/2"), ("1 234", "1234"), ("1. 5", "1.5"), ("1-1/2", "1.5"), ("2 3", "23"), ("5\\,3", "53"),
+    ("1,23", "123"), ("1,2", "12"), ("1,2,3", "123"), ("(1,234)", "1234"), ("1, 234", "1234"), ("0,123", "123"), ("1,2345", "12345"),
+    ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("(1,2)", "(1,2,3)"), ("\\frac{1}{2}5", "1/25"), ("\\frac125", "1/25"),
+    ("\\frac{1}{2}", "2"), ("\\frac{x+1}{2}", "x+1/2"), ("x^2", "x2"), ("2\u00b2", "22"), ("\u0665", "5"), ("1e3", "1000"), ("inf", "nan"),
+    ("3 or 4", "4"), ("3,4", "4"), ("A, B", "A"), ("A", "B"), ("AB", "A"), ("(A)(B)", "B"), ("yes no", "yes"), ("not yes", "yes"),
+    ("\\Delta", "\\delta"), ("2A", "2a"), ("2+3", "5"), ("5 cm", "5"), ("x=5", "5"), ("\\pi r", "\\pir"), ("None", ""), ("1/2/3", "1/6"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer, truth", EQUAL)
+def test_equal_pairs_in_both_directions(answer, truth):
+    assert exact_equal(answer, truth) and exact_equal(truth, answer)
+    assert grade(f"so \\boxed{{{answer}}}", truth) == 1.0
+
+
+@pytest.mark.parametrize("answer, truth", UNEQUAL)
+def test_unequal_pairs_in_both_directions(answer, truth):
+    assert not exact_equal(answer, truth) and not exact_equal(truth, answer)
+    assert grade(f"so \\boxed{{{answer}}}", truth) == 0.0
+
+
+@pytest.mark.parametrize("text", sorted({text for pair in EQUAL for text in pair}))
+def test_normalising_once_is_enough(text):
+    assert normalise(normalise(text)) == normalise(text)
+
+
+def test_numbers_are_exact_fractions():
+    assert parse_number("-1\\frac{1}{2}") == Fraction(-3, 2)
+    assert parse_number("12.5%") == Fraction(1, 8)
+    assert parse_number("0.1") == Fraction(1, 10)
+    assert parse_number("1/0") is None and parse_number("1e5") is None and parse_number("x") is None
+
+
+@pytest.mark.parametrize(
+    "text, content",
+    [
+        ("\\boxed{5}", "5"), ("a \\boxed{3} b \\boxed{4} c", "4"), ("\\boxed {5}", "5"), ("\\boxed\n{5}", "5"), ("\\boxed{}", ""),
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("\\boxed{\\text{a {b} c}}", "\\text{a {b} c}"), ("\\boxed{a\nb}", "a\nb"),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"), ("\\boxed{\\}}", "\\}"), ("\\boxed{5\\}", None), ("\\boxed{\\boxed{5}}", "5"),
+        ("\\boxed{3} then \\boxed{4", "3"), ("\\boxed{4 \\boxed{3}", "3"), ("\\boxed{3} \\boxed{4 {", "3"), ("}}} \\boxed{3}", "3"),
+        ("{{{ \\boxed{3}", "3"), ("\\boxed{3}}}", "3"), ("\\fbox{5}", None), ("boxed{5}", None), ("\\boxed 5", None), ("\\boxed", None),
+        ("\\boxedx{5}", None), ("the answer is 5", None), ("", None), (None, None), (5, None), ("\\", None), ("\\boxed{5}\\", "5"),
+    ],
+)  # fmt: skip
+def test_extract_answer(text, content):
+    assert extract_answer(text) == content
+
+
+@pytest.mark.parametrize("truth", ["5", "\\boxed{5}", "$5$", "$\\boxed{5}$", " 5.0 ", 5])
+def test_truth_may_be_wrapped(truth):
+    assert grade("\\boxed{5}", truth) == 1.0
+    assert grade("\\boxed{6}", truth) == 0.0
+
+
+def test_only_the_box_counts():
+    assert grade("5", "5") == 0.0
+    assert grade("\\boxed{5} and then \\boxed{6}", "5") == 0.0
+    assert grade("\\boxed{}", "") == 0.0  # an empty answer earns nothing, whatever the truth
+
+
+HOSTILE = [
+    None, "", " ", 5, b"\\boxed{5}", "\\boxed{1/0}", "\\boxed{0/0}", "\\boxed{\\frac{1}{0}}", "\\boxed{9**9**9}", "\\boxed{9^{9^9}}",
+    "\\boxed{99999999!}", "\\boxed{1e999999}", "\\boxed{inf}", "\\boxed{nan}", "\\boxed{-\\infty}", "\\boxed{" + "9" * 100_000 + "}",
+    "\\boxed{1/" + "9" * 100_000 + "}", "\\boxed{" + "(" * 200 + "}", "\\boxed{" + "-" * 299 + "1}", "\\boxed{" + "\\text{" * 40 + "}" * 41,
+    "\\boxed{\u0665\u0666}", "\\boxed{\u00bd}", "\\boxed{\ud800}", "\ud800\\boxed{\udfff5}", "\\boxed{\x00}", "\\boxed{%}", "\\boxed{.}",
+    "\\boxed{,}", "\\boxed{/}", "\\boxed{-}", "\\boxed{\\frac}", "\\boxed{\\frac{}{}}", "\\boxed{\\1}", "\\boxed{\\g<0>}", "\\boxed{()}",
+    "\\boxed{__import__('os').abort()}", "\\boxed{exit()}", "\\boxed{$$}", "\\boxed{" * 100_000, "{" * 1_000_000, "}" * 1_000_000,
+    "\\" * 1_000_001, "\\boxed" + " " * 1_000_000, "\\boxed{" * 100_000 + "}" * 100_000, "\\boxed{" + " " * 100_000 + "}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("index", range(len(HOSTILE)))  # by index: a million braces make a poor test name
+def test_hostile_text_scores_zero(index):
+    assert grade(HOSTILE[index], "7") == 0.0
+
+
+def test_overlong_answers_match_only_character_by_character():
+    long = "9" * 100_000
+    assert grade(f"\\boxed{{{long}}}", long) == 1.0
+    assert grade(f"\\boxed{{{long}.0}}", long) == 0.0
+
+
+PIECES = ["\\boxed{", "\\boxed {", "{", "}", "\\", "\\frac", "\\text{", "1", "23", ".", ",", "/", "-", "%", "$", " ", "(", ")", "[", "]",
+          "=", "^", "x", "A", "yes", "\\{", "\\}", "\\,", "\\left", "\n", "\u0663", "\ud800", "e9", "\x00"]  # fmt: skip
+
+
+def noise(rng):
+    return "".join(rng.choice(PIECES) for _ in range(rng.randrange(40)))
+
+
+def test_random_noise_never_raises():
+    rng = random.Random(0)
+    for _ in range(3000):
+        assert grade(rng.choice([noise(rng), f"\\boxed{{{noise(rng)}}}"]), noise(rng)) in {0.0, 1.0}
+
+
+def test_random_numbers_equal_themselves_in_every_spelling():
+    rng = random.Random(0)
+    for _ in range(300):
+        n = rng.randrange(-10**7, 10**7)
+        for spelling in (f"{n:,}", f"{n}.00", f"\\frac{{{3 * n}}}{{3}}", f"{100 * n}\\%", f"${n}$", f"{2 * n}/2"):
+            assert exact_equal(spelling, str(n)) and not exact_equal(spelling, str(n + 1))
+
+
+@pytest.mark.parametrize("call", [check_grader, lambda name: grade("\\boxed{5}", "5", name)])
+def test_unknown_grader_names_the_choices(call):
+    with pytest.raises(ValueError, match="unknown grader 'exct': choose one of exact, math-verify"):
+        call("exct")
+
+
+@pytest.mark.parametrize("call", [check_grader, lambda name: grade("\\boxed{5}", "5", name)])
+def test_missing_math_verify_says_what_to_do(call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)  # makes `import math_verify` raise ImportError
+    with pytest.raises(ImportError, match="pip install math-verify or use --grader exact"):
+        call("math-verify")
+    check_grader("exact")
+
+
+class TestMathVerify:
+    @pytest.fixture(autouse=True)
+    def needs_package(self):
+        pytest.importorskip("math_verify")
+
+    @pytest.mark.parametrize("answer, truth", [*EQUAL, ("2\\sqrt{3}", "\\sqrt{12}"), ("x^2-1", "(x-1)(x+1)"), ("x=5", "5"), ("2+3", "5"),
+                                               ("\\frac{\\sqrt{4}}{2}", "1"), ("5 cm", "5"), ("2,1", "1,2")])  # fmt: skip
+    def test_equal(self, answer, truth):
+        assert grade(f"\\boxed{{{answer}}}", truth, "math-verify") == 1.0
+
+    @pytest.mark.parametrize("answer, truth", [("5", "6"), ("3 or 4", "4"), ("3,4", "4"), ("$3$ or $4$", "4"), ("((( $4$ x", "5"), ("A", "B"),
+                                               ("on", "no"), ("0.33", "1/3"), ("\\sqrt{3}", "\\sqrt{2}"), ("x", "5"), ("", "5")])  # fmt: skip
+    def test_unequal(self, answer, truth):
+        assert grade(f"\\boxed{{{answer}}}", truth, "math-verify") == 0.0
+
+    @pytest.mark.parametrize("index", range(len(HOSTILE)))
+    def test_hostile_text_scores_zero(self, index, monkeypatch):
+        monkeypatch.setattr(reward, "TIME_LIMIT", 1)
+        assert grade(HOSTILE[index], "7", "math-verify") == 0.0
+
+    def test_random_noise_never_raises(self):
+        rng = random.Random(0)
+        for _ in range(60):
+            assert grade(f"\\boxed{{{noise(rng)}}}", noise(rng), "math-verify") in {0.0, 1.0}
+
+    def test_off_the_main_thread(self):
+        results = []
+        pairs = [("2\\sqrt{3}", "\\sqrt{12}"), ("5", "6")]
+        work = lambda: results.extend(grade(f"\\boxed{{{a}}}", t, "math-verify") for a, t in pairs)  # noqa: E731
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert results == [1.0, 0.0]
+
+
+def test_every_grader_takes_the_same_arguments():
+    assert list(GRADERS) == ["exact", "math-verify"]
+    assert GRADERS["exact"]("1/2", "0.5") is True

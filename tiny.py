@@ -1,0 +1,159 @@
+"""A Qwen2.5-VL for a laptop: the real class with 1.2 million weights, built here and warmed up on the digits task.
+
+RL with verifiable rewards sharpens what a policy can already do now and then, so it must start from a policy that can. The
+warm-up stands in for pre-training: supervised learning on written-out responses, in two parts.
+    1. clean: readings are right. The model learns to see, to compute and to phrase.
+    2. noisy: some readings are replaced at random, the arithmetic after them stays right. The model still knows but is
+       unsure, so its samples differ and RL has something to choose from.
+A share of the responses answers without looking (lucky guesses, paper Insight 2).
+
+The result is kept under runs/tiny-HASH, where HASH names this file's recipe, data.py and the library versions.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+import data
+from model import Policy, encode, image_text_processor, save
+
+RECIPE = dict(
+    layers=4, width=128, vision_layers=3, vision_width=96, rope_theta=10.0, embedding_std=0.5, seed=0,
+    scenes=6000, batch=32, lr=2e-3, clean_steps=700, noisy_steps=120, guess=0.30, misread=0.45,
+)  # fmt: skip
+
+SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|> <unk>".split()
+# Qwen's chat format in short. A system prompt is left out: it would cost more tokens than the question, and 300 words of
+# vocabulary could not spell it.
+CHAT_TEMPLATE = (
+    "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n"
+    "{% for part in m.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_processor():
+    """Qwen2.5-VL's processor with a vocabulary of the words the digits task uses, each with and without a leading space."""
+    texts = [*sum(data.QUESTIONS.values(), []), *data.OPENINGS, *data.CLOSINGS, *data.GUESSES, *sum(data.SYNONYMS.values(), [])]
+    words = [word for text in texts for word in text.split() if word not in data.SYNONYMS and "{" not in word]
+    words += [*data.WORDS, *"user assistant answer in yes no + - = . , : ? { }".split(), "\\boxed{"]
+    words += [str(number) for number in range(-9, 28)]  # every result of a difference or a sum
+    words = list(dict.fromkeys(words))
+    vocabulary = [*SPECIAL, "\n", *words, *(" " + word for word in words)]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    # A space belongs to the word after it, so that joining tokens gives the text back exactly.
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\\boxed\{| ?-?\d+| ?[A-Za-z]+| ?[^\sA-Za-z0-9]|\n"), "isolated")
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<unk>",
+        additional_special_tokens=SPECIAL[1:-1], padding_side="left", clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    image_processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 256})
+    return image_text_processor(Qwen2_5_VLProcessor)(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
+
+
+def build_model(processor, layers, width, vision_layers, vision_width, rope_theta, embedding_std, seed, **_):
+    """A Qwen2_5_VLForConditionalGeneration with random weights drawn so that it learns to see within a minute.
+
+    Two things matter at this size. With the library's initialisation (std 0.02) signals die out over the layers and the model
+    stays blind for hundreds of steps: draw with std 1/sqrt(fan_in), embeddings with std 0.5. And rope_theta 10,000, made
+    for long texts, turns neighbouring image positions by nearly nothing in a head of 32 dimensions: take 10.
+    """
+    torch.manual_seed(seed)
+    tokenizer = processor.tokenizer
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end", "image_pad", "video_pad")}
+    heads = width // 32
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4096,
+            rope_parameters={"rope_type": "default", "rope_theta": rope_theta, "mrope_section": [4, 6, 6]},
+            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            tie_word_embeddings=False,
+        ),
+        vision_config=dict(
+            depth=vision_layers, hidden_size=vision_width, out_hidden_size=width, num_heads=vision_width // 24,
+            intermediate_size=3 * vision_width, window_size=112, fullatt_block_indexes=[vision_layers - 1],
+        ),
+        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"], tie_word_embeddings=False,
+    )  # fmt: skip
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv3d)):
+            torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        elif isinstance(module, torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight, std=embedding_std)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def warm_up(policy, recipe, progress=True):
+    """Supervised learning on freshly worded responses to a fixed pool of training scenes: cross-entropy on response tokens."""
+    rng = np.random.default_rng(recipe["seed"])
+    task = data.Digits("train")
+    # The pool lies far out in the endless training split, where RL never gets to.
+    examples = [task[2**30 + i] for i in range(recipe["scenes"])]
+    prompts = [encode(policy.processor, example) for example in tqdm(examples, "scenes", disable=None if progress else True)]
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=recipe["lr"], weight_decay=0.01)
+    total = recipe["clean_steps"] + recipe["noisy_steps"]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], total_steps=total, pct_start=0.1, cycle_momentum=False)
+    bar = tqdm(range(total), "warm-up", disable=None if progress else True)
+    for step in bar:
+        rows = rng.choice(len(examples), recipe["batch"], replace=False)
+        misread = recipe["misread"] if step >= recipe["clean_steps"] else 0.0
+        texts = [data.write_response(examples[r], rng, recipe["guess"], misread) + "<|im_end|>" for r in rows]
+        encoded = policy.processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        mask = encoded.attention_mask.bool()
+        logprobs, _ = policy([prompts[r] for r in rows], encoded.input_ids, mask, mask)
+        loss = -logprobs.sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def recipe_hash():
+    """Names everything the warmed-up weights depend on: this file, its imports in the project, the library versions."""
+    text = "".join((Path(__file__).parent / name).read_text() for name in ("tiny.py", "data.py", "model.py"))
+    return hashlib.sha256(f"{text}{torch.__version__}{transformers.__version__}{tokenizers.__version__}".encode()).hexdigest()[:10]
+
+
+def ensure(root="runs", progress=True):
+    """(folder of the warmed-up model, seconds it took): built at first use, found afterwards (0 seconds).
+
+    Written to a temporary folder and renamed, so that an interrupted build leaves nothing that a later run would take.
+    """
+    folder = Path(root) / f"tiny-{recipe_hash()}"
+    if folder.exists():
+        return str(folder), 0.0
+    start = time.time()
+    processor = build_processor()
+    policy = Policy(build_model(processor, **RECIPE), processor)
+    warm_up(policy, RECIPE, progress)
+    Path(root).mkdir(parents=True, exist_ok=True)
+    staging = tempfile.mkdtemp(dir=root, prefix=".tiny-")
+    try:
+        save(policy, staging)
+        os.rename(staging, folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(staging)
+        if not folder.exists():
+            raise
+    return str(folder), time.time() - start
