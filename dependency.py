@@ -123,32 +123,28 @@ def mask_images(images, mask, key):
 
 
 @torch.no_grad()
-def score(policy, rollout, masked_prompts=None, metric="kl", prompts_at_once=None):
+def score(policy, rollout, masked_prompts=None, metric="kl", tokens_per_batch=16384):
     """One scoring pass over a rollout batch: what phase 3 and the objective need to know about pi_old.
 
     policy:         model.Policy; rollout: rollout.Rollout with Q prompts and B responses.
     masked_prompts: the same prompts encoded with masked images, Q of them (one per prompt) or B (one per response);
                     None skips the second pass (DAPO and GRPO do not need it) and gives S = 0.
     metric:         a name in METRICS.
-    prompts_at_once: how many prompts, each with its whole group, go through the model together; changes memory, not numbers.
+    tokens_per_batch: changes memory, not numbers.
 
     Returns {"logprobs", "entropy", "dependency"}, each (B, T) float32, 0 on padding.
     """
-    B, Q = rollout.response_ids.shape[0], len(rollout.prompts)
-    G = B // Q
-    out = {key: torch.zeros(rollout.response_ids.shape, device=policy.device) for key in ("logprobs", "entropy", "dependency")}
-    for start in range(0, Q, prompts_at_once or Q):
-        prompts = rollout.prompts[start : start + (prompts_at_once or Q)]
-        rows = slice(start * G, (start + len(prompts)) * G)
+    shape = rollout.response_ids.shape
+    out = {key: torch.zeros(shape, device=policy.device) for key in ("logprobs", "entropy", "dependency")}
+    for groups, rows in rollout.micro_batches(tokens_per_batch):
         ids, mask = rollout.response_ids[rows], rollout.response_mask[rows]
-        states = policy.states(prompts, ids, mask)[mask]  # (N, H): padding dropped
+        states = policy.states([rollout.prompts[q] for q in groups], ids, mask)[mask]  # (N, H): padding dropped
         masked_states = None
         if masked_prompts is not None:
-            per_prompt = len(masked_prompts) // Q  # 1, or G with one masked image per response
-            chosen = masked_prompts[start * per_prompt : (start + len(prompts)) * per_prompt]
-            masked_states = policy.states(chosen, ids, mask)[mask]
+            chosen = groups if len(masked_prompts) == len(rollout.prompts) else rows
+            masked_states = policy.states([masked_prompts[i] for i in chosen], ids, mask)[mask]
         for key, values in score_tokens(policy.logits, states, masked_states, ids[mask], metric).items():
-            out[key][rows] = out[key][rows].masked_scatter(mask, values)
+            out[key][rows] = torch.zeros_like(ids, dtype=values.dtype).masked_scatter(mask, values)
     return out
 
 

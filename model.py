@@ -16,12 +16,15 @@ in the update, where the gradient flows back through the cache. Exactly the same
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
 from loss import token_entropy
+
+transformers.utils.logging.disable_progress_bar()  # its bars ignore that output may be no terminal; ours do not
 
 
 # ---------------------------------------------------------------------------------------------------------------------

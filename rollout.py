@@ -54,6 +54,28 @@ class Rollout:
         texts = [self.texts[row] for row in rows]
         return Rollout([self.prompts[q] for q in groups], self.response_ids[rows], self.response_mask[rows], texts, self.truncated[rows], self.pad_id)
 
+    def micro_batches(self, tokens_per_batch, groups=None):
+        """Cut the rollout (or some of its groups) into pieces for one forward pass each: yields (prompt indices, row indices).
+
+        As many whole groups as fit into tokens_per_batch go together, for a group shares its prompt; a group is split only when
+        it alone does not fit. At least one response goes at a time. The results do not depend on the cut.
+        """
+        G, T = self.group_size, self.response_ids.shape[1]
+        pending, tokens = [], 0
+        for q in range(len(self.prompts)) if groups is None else groups:
+            cost = self.prompts[q]["input_ids"].shape[1] + G * T
+            if pending and tokens + cost > tokens_per_batch:
+                yield pending, [p * G + g for p in pending for g in range(G)]
+                pending, tokens = [], 0
+            if cost > tokens_per_batch:  # alone too large: some of its responses at a time
+                at_once = max(1, (tokens_per_batch - cost + G * T) // T)
+                for g in range(0, G, at_once):
+                    yield [q], [q * G + i for i in range(g, min(g + at_once, G))]
+            else:
+                pending, tokens = pending + [q], tokens + cost
+        if pending:
+            yield pending, [p * G + g for p in pending for g in range(G)]
+
 
 def concatenate(rollouts):
     """Several rollouts (of dynamic sampling's rounds) as one, padded to the longest response."""

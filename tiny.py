@@ -1,11 +1,13 @@
 """A Qwen2.5-VL for a laptop: the real class with 1.2 million weights, built here and warmed up on the digits task.
 
 RL with verifiable rewards sharpens what a policy can already do now and then, so it must start from a policy that can. The
-warm-up stands in for pre-training: supervised learning on written-out responses, in two parts.
-    1. clean: readings are right. The model learns to see, to compute and to phrase.
-    2. noisy: some readings are replaced at random, the arithmetic after them stays right. The model still knows but is
+warm-up stands in for pre-training: supervised learning in three parts.
+    1. read:  the response is the three digits and nothing else. The model learns to see. Without this part it stays blind
+       for many hundreds of steps: three readings drown among thirty tokens of phrasing that are easier to improve on.
+    2. clean: whole responses in many wordings, readings right. The model learns to compute and to phrase.
+    3. noisy: some readings are replaced at random, the arithmetic after them stays right. The model still knows but is
        unsure, so its samples differ and RL has something to choose from.
-A share of the responses answers without looking (lucky guesses, paper Insight 2).
+In parts 2 and 3 a share of the responses answers without looking (lucky guesses, paper Insight 2).
 
 The result is kept under runs/tiny-HASH, where HASH names this file's recipe, data.py and the library versions.
 """
@@ -15,6 +17,7 @@ import os
 import shutil
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +34,7 @@ from model import Policy, encode, image_text_processor, save
 
 RECIPE = dict(
     layers=4, width=128, vision_layers=3, vision_width=96, rope_theta=10.0, embedding_std=0.5, seed=0,
-    scenes=6000, batch=32, lr=2e-3, clean_steps=700, noisy_steps=120, guess=0.30, misread=0.45,
+    scenes=4000, batch=32, lr=2e-3, read_steps=160, clean_steps=300, noisy_steps=100, guess=0.30, misread=0.45,
 )  # fmt: skip
 
 SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|> <unk>".split()
@@ -47,7 +50,7 @@ CHAT_TEMPLATE = (
 
 def build_processor():
     """Qwen2.5-VL's processor with a vocabulary of the words the digits task uses, each with and without a leading space."""
-    texts = [*sum(data.QUESTIONS.values(), []), *data.OPENINGS, *data.CLOSINGS, *data.GUESSES, *sum(data.SYNONYMS.values(), [])]
+    texts = ["what are the digits ?", *sum(data.QUESTIONS.values(), []), *data.OPENINGS, *data.CLOSINGS, *data.GUESSES, *sum(data.SYNONYMS.values(), [])]
     words = [word for text in texts for word in text.split() if word not in data.SYNONYMS and "{" not in word]
     words += [*data.WORDS, *"user assistant answer in yes no + - = . , : ? { }".split(), "\\boxed{"]
     words += [str(number) for number in range(-9, 28)]  # every result of a difference or a sum
@@ -70,7 +73,8 @@ def build_model(processor, layers, width, vision_layers, vision_width, rope_thet
 
     Two things matter at this size. With the library's initialisation (std 0.02) signals die out over the layers and the model
     stays blind for hundreds of steps: draw with std 1/sqrt(fan_in), embeddings with std 0.5. And rope_theta 10,000, made
-    for long texts, turns neighbouring image positions by nearly nothing in a head of 32 dimensions: take 10.
+    for long texts, turns neighbouring image positions by nearly nothing in a head of 32 dimensions: take 10, and give the
+    horizontal axis most of the frequencies (mrope_section: time, height, width), for the digits stand side by side.
     """
     torch.manual_seed(seed)
     tokenizer = processor.tokenizer
@@ -80,7 +84,7 @@ def build_model(processor, layers, width, vision_layers, vision_width, rope_thet
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
             num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4096,
-            rope_parameters={"rope_type": "default", "rope_theta": rope_theta, "mrope_section": [4, 6, 6]},
+            rope_parameters={"rope_type": "default", "rope_theta": rope_theta, "mrope_section": [2, 4, 10]},
             bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
             tie_word_embeddings=False,
         ),
@@ -103,23 +107,36 @@ def build_model(processor, layers, width, vision_layers, vision_width, rope_thet
 
 
 def warm_up(policy, recipe, progress=True):
-    """Supervised learning on freshly worded responses to a fixed pool of training scenes: cross-entropy on response tokens."""
+    """Supervised learning on freshly worded responses to a fixed pool of training scenes: cross-entropy on response tokens.
+
+    Clean and noisy batches hold two responses to each scene, which share the work of its prompt. The learning rate is
+    constant for the first half, then falls linearly to 0.
+    """
     rng = np.random.default_rng(recipe["seed"])
     task = data.Digits("train")
     # The pool lies far out in the endless training split, where RL never gets to.
     examples = [task[2**30 + i] for i in range(recipe["scenes"])]
-    prompts = [encode(policy.processor, example) for example in tqdm(examples, "scenes", disable=None if progress else True)]
+    show = None if progress else True  # tqdm: None hides the bar where output is not a terminal
+    prompts = [encode(policy.processor, example) for example in tqdm(examples, "scenes", disable=show)]
+    reading = [encode(policy.processor, replace(example, problem="what are the digits ?")) for example in examples]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=recipe["lr"], weight_decay=0.01)
-    total = recipe["clean_steps"] + recipe["noisy_steps"]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], total_steps=total, pct_start=0.1, cycle_momentum=False)
-    bar = tqdm(range(total), "warm-up", disable=None if progress else True)
+    clean_from, noisy_from = recipe["read_steps"], recipe["read_steps"] + recipe["clean_steps"]
+    total = noisy_from + recipe["noisy_steps"]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 1, 2 * (total - step) / total))
+    bar = tqdm(range(total), "warm-up", disable=show)
     for step in bar:
-        rows = rng.choice(len(examples), recipe["batch"], replace=False)
-        misread = recipe["misread"] if step >= recipe["clean_steps"] else 0.0
-        texts = [data.write_response(examples[r], rng, recipe["guess"], misread) + "<|im_end|>" for r in rows]
-        encoded = policy.processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        copies = 1 if step < clean_from else 2
+        misread = recipe["misread"] if step >= noisy_from else 0.0
+        rows = rng.choice(len(examples), recipe["batch"] // copies, replace=False)
+        chosen = [examples[row] for row in rows for _ in range(copies)]
+        if step < clean_from:
+            batch, texts = [reading[row] for row in rows], [data.write_reading(example) for example in chosen]
+        else:
+            batch = [prompts[row] for row in rows]
+            texts = [data.write_response(example, rng, recipe["guess"], misread) for example in chosen]
+        encoded = policy.processor.tokenizer([text + "<|im_end|>" for text in texts], padding=True, padding_side="right", return_tensors="pt")
         mask = encoded.attention_mask.bool()
-        logprobs, _ = policy([prompts[r] for r in rows], encoded.input_ids, mask, mask)
+        logprobs, _ = policy(batch, encoded.input_ids, mask, mask)
         loss = -logprobs.sum() / mask.sum()
         optimizer.zero_grad()
         loss.backward()
@@ -149,6 +166,7 @@ def ensure(root="runs", progress=True):
     warm_up(policy, RECIPE, progress)
     Path(root).mkdir(parents=True, exist_ok=True)
     staging = tempfile.mkdtemp(dir=root, prefix=".tiny-")
+    os.chmod(staging, 0o755)  # mkdtemp makes it private
     try:
         save(policy, staging)
         os.rename(staging, folder)

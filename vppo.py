@@ -17,9 +17,9 @@ import dependency
 import distributed
 import loss
 import reward
-from data import example_at
+from data import INSTRUCTION, example_at
 from model import encode
-from rollout import concatenate, generate, micro_batches
+from rollout import concatenate, generate
 
 # What each method switches on. "dapo" = clip-higher, token-level averaging and dynamic sampling (paper, Appendix B).
 METHODS = {
@@ -56,6 +56,7 @@ class Config:
     max_new_tokens: int = option(48, "length limit of a response")  # Table 9: 2048 (7B), 4096 (32B)
     max_prompt_tokens: int = option(4096, "a longer prompt is an error")  # Section 4
     system_prompt: str = option("You are a helpful assistant.", "system turn, if the chat template has one")
+    instruction: str = option(INSTRUCTION, "appended to every problem of a folder or hub data set")  # Section 4
     max_rounds: int = option(3, "rounds of dynamic sampling before training on the groups there are")  # ours
     grader: str = option("exact", "exact or math-verify")
     # Phase 2: dependency
@@ -81,6 +82,7 @@ class Config:
     entropy_form: str = option("exact", "exact, or sampled as in the official code")
     # Running it
     tokens_per_batch: int = option(16384, "tokens in one forward pass: memory, not results")
+    responses_at_once: int = option(1024, "responses in one call of generate: memory, not results")
     share_prompt: bool = option(True, "run a prompt once for its whole group; --no_share_prompt repeats it")
     dtype: str = option("float32", "weights: float32 or bfloat16")
     eval_every: int = option(10, "validation every so many steps; 0 never")
@@ -140,3 +142,226 @@ class Batch:
     alpha: torch.Tensor = None  # (B,) Eq. 5
     token_mask: torch.Tensor = None  # (B, T) bool, or float weights
     advantages: torch.Tensor = None  # (B,) A' = alpha * A
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Phase 1: rollout
+# ---------------------------------------------------------------------------------------------------------------------
+def encode_checked(policy, example, cfg, images=None):
+    """`model.encode` with the length limit: an over-long prompt is an error that names its row."""
+    prompt = encode(policy.processor, example, cfg.system_prompt, images)
+    length = prompt["input_ids"].shape[1]
+    if length > cfg.max_prompt_tokens:
+        raise ValueError(f"{example.name}: prompt of {length} tokens exceeds --max_prompt_tokens {cfg.max_prompt_tokens}")
+    return prompt
+
+
+def collect(policy, dataset, cfg, position):
+    """Phase 1: this rank's share of Q prompts with G graded responses each. Returns (Batch or None, new position, metrics).
+
+    `position` is the run's place in its data, the same on all ranks. With dynamic sampling, groups whose rewards are all
+    equal are dropped and replaced by fresh prompts, for at most cfg.max_rounds rounds; every rank takes part in every
+    round's count, so ranks that need different numbers of rounds never wait for each other in vain. None: no rank has a
+    group with signal.
+    """
+    quota = len(range(distributed.rank(), cfg.prompts_per_step, distributed.world()))  # this rank's part of Q
+    kept, examples, positions, rewards = [], [], [], []
+    sampled = {"reward": 0.0, "groups": 0, "no_signal": 0, "responses": 0, "length": 0, "truncated": 0}
+    for round in range(cfg.max_rounds if cfg.has("dapo") else 1):
+        wanted = distributed.gather([quota - len(examples)])  # one number a rank
+        start = position + sum(wanted[: distributed.rank()])
+        mine = range(start, start + wanted[distributed.rank()])
+        position += sum(wanted)
+        if not sum(wanted):
+            break
+        if not mine:
+            continue
+        new = [example_at(dataset, p, cfg.seed) for p in mine]
+        prompts = [encode_checked(policy, example, cfg) for example in new]
+        rollout = generate(policy, prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.responses_at_once)
+        truths = [example.answer for example in new for _ in range(cfg.group_size)]
+        graded = torch.tensor([reward.grade(text, truth, cfg.grader) for text, truth in zip(rollout.texts, truths)])
+        groups = graded.reshape(-1, cfg.group_size)
+        signal = (groups != groups[:, :1]).any(dim=1)  # (Q',) False: all rewards equal, all advantages 0
+        if round == 0:  # the later rounds' prompts stand in for easy or hopeless ones: a biased sample of the data
+            sampled["reward"], sampled["responses"] = graded.sum().item(), len(graded)
+        sampled["groups"] += len(new)
+        sampled["no_signal"] += int((~signal).sum())
+        sampled["length"] += int(rollout.response_mask.sum())
+        sampled["truncated"] += int(rollout.truncated.sum())
+        chosen = [q for q in range(len(new)) if signal[q] or not cfg.has("dapo")]
+        if chosen:
+            kept.append(rollout.select(chosen))
+            examples += [new[q] for q in chosen]
+            positions += [mine[q] for q in chosen]
+            rewards.append(groups[chosen].reshape(-1))
+    count = {key: distributed.total(value) for key, value in sampled.items()}
+    metrics = {
+        "reward": count["reward"] / max(1, count["responses"]),
+        "no_signal": count["no_signal"] / max(1, count["groups"]),
+        "prompts_sampled": count["groups"],
+        "response_length": count["length"] / max(1, count["groups"] * cfg.group_size),
+        "truncated": count["truncated"] / max(1, count["groups"] * cfg.group_size),
+    }
+    if not distributed.total(len(examples)):
+        return None, position, metrics
+    if not examples:
+        # Other ranks have groups, this one has none: it must still join their collectives. Its last sampled group stands
+        # in with an empty mask, so that it counts nowhere.
+        rollout = rollout.select([0])
+        rollout.response_mask = torch.zeros_like(rollout.response_mask)
+        return Batch(rollout, new[:1], mine[:1], groups[0]), position, metrics
+    return Batch(concatenate(kept), examples, positions, torch.cat(rewards)), position, metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Phase 2: dependency
+# ---------------------------------------------------------------------------------------------------------------------
+def measure(policy, batch, cfg):
+    """Phase 2: old log-probs, entropy and, where the method uses it, S of Eq. 3; all with pi_old, once per rollout batch."""
+    masked = None
+    if cfg.has("tgf") or cfg.has("tas"):
+        # The key (seed, position in the data) makes a masked image the same on whichever rank it is drawn.
+        draws = range(cfg.group_size) if cfg.mask_per == "rollout" else [0]
+        masked = [
+            encode_checked(policy, example, cfg, dependency.mask_images(example.images, cfg.mask, [cfg.seed, position, draw]))
+            for example, position in zip(batch.examples, batch.positions)
+            for draw in draws
+        ]
+    scored = dependency.score(policy, batch.rollout, masked, cfg.metric, cfg.tokens_per_batch)
+    batch.old_logprobs, batch.entropy, batch.dependency = scored["logprobs"], scored["entropy"], scored["dependency"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Phase 3: modulation
+# ---------------------------------------------------------------------------------------------------------------------
+def modulate(batch, cfg):
+    """Phase 3: alpha over *all* trajectories of the rollout batch, all ranks (Eq. 5), and each response's token mask (Eq. 4)."""
+    mask = batch.rollout.response_mask
+    real = mask.any(dim=1)  # False only for the stand-in group of a rank without groups
+    mean_dependency = loss.masked_mean(batch.dependency, mask)
+    batch.alpha = torch.ones_like(mean_dependency)
+    if cfg.has("tas"):
+        own = mean_dependency[real].tolist()
+        before = sum(distributed.gather([len(own)])[: distributed.rank()])
+        everyone = torch.tensor(distributed.gather(own), device=mask.device)
+        batch.alpha[real] = loss.shaping_factors(everyone, cfg.beta_min, cfg.beta_max)[before : before + len(own)]
+    batch.token_mask = mask
+    if cfg.has("tgf"):
+        batch.token_mask = (loss.soft_filter if cfg.soft else loss.token_filter)(batch.dependency, mask, cfg.k)
+    rewards = batch.rewards.to(mask.device)
+    batch.advantages = batch.alpha * loss.group_advantages(rewards, cfg.group_size)  # A' = alpha * A
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Phase 4: update
+# ---------------------------------------------------------------------------------------------------------------------
+def update(policy, optimizer, batch, groups, cfg):
+    """Phase 4: one optimizer step on some groups of the batch, micro-batch by micro-batch. Returns summed metrics.
+
+    The divisor is the count of *this update's* response tokens (or responses) over all micro-batches and ranks: it depends
+    neither on how the update is cut nor on how many tokens TGF keeps.
+    """
+    rollout, mask = batch.rollout, batch.rollout.response_mask
+    G = rollout.group_size
+    rows = [q * G + g for q in groups for g in range(G)]
+    tokens = distributed.total(int(mask[rows].sum()))
+    average = cfg.average or ("token" if cfg.has("dapo") else "sequence")
+    divisor = tokens if average == "token" else distributed.total(int(mask[rows].any(dim=1).sum()))
+    clip_high = cfg.clip_high if cfg.clip_high is not None else (0.28 if cfg.has("dapo") else cfg.clip_low)
+    # Without an entropy penalty a token has a gradient only if the filter keeps it and its advantage is not 0; only such
+    # tokens get logits, and only groups that have one run at all.
+    active = mask & (batch.token_mask > 0) & (batch.advantages != 0)[:, None] if not cfg.entropy_penalty else mask
+    groups = [q for q in groups if active[q * G : (q + 1) * G].any()]
+
+    optimizer.zero_grad()
+    sums = {"loss": 0.0, "clipped": 0.0, "kept": 0, "approx_kl": 0.0}
+    for pieces, rows in rollout.micro_batches(cfg.tokens_per_batch, groups):
+        ids, need = rollout.response_ids[rows], active[rows]
+        logprobs, entropy = policy([rollout.prompts[q] for q in pieces], ids, mask[rows], need, cfg.entropy_penalty > 0)
+        value, metrics = loss.policy_loss(
+            logprobs,
+            batch.old_logprobs[rows],
+            batch.advantages[rows],
+            mask[rows],
+            batch.token_mask[rows] * need,
+            cfg.clip_low,
+            clip_high,
+            cfg.dual_clip,
+            average,
+            divisor,
+        )
+        if cfg.entropy_penalty:
+            terms = entropy if cfg.entropy_form == "exact" else logprobs
+            value = value + cfg.entropy_penalty * loss.entropy_penalty(terms, mask[rows], cfg.entropy_form, tokens)
+        value.backward()
+        kept = int(need.sum())
+        sums["loss"] += value.item()
+        sums["kept"] += kept
+        sums["clipped"] += metrics["clip_fraction"].item() * kept
+        sums["approx_kl"] += metrics["approx_kl"].item() * kept
+    sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm).item()
+    optimizer.step()
+    return sums
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Algorithm 1
+# ---------------------------------------------------------------------------------------------------------------------
+def train_step(policy, optimizer, dataset, cfg, step, position):
+    """One rollout batch through the four phases. Returns (metrics, new position in the data, Batch or None).
+
+    Every source of randomness is keyed by (seed, step, rank) here or by (seed, position) below, so a run that resumes at a step
+    repeats it exactly.
+    """
+    torch.manual_seed(((cfg.seed * 1_000_003 + step) * 1_009 + distributed.rank()) % 2**63)
+    share = 1 - step / cfg.steps if cfg.lr_schedule == "linear" else 1.0
+    for group in optimizer.param_groups:
+        group["lr"] = cfg.lr * share
+
+    clock = [time.perf_counter()]
+    batch, position, metrics = collect(policy, dataset, cfg, position)
+    metrics = {"step": step + 1, **metrics, "lr": cfg.lr * share, "skipped": int(batch is None)}
+    clock.append(time.perf_counter())
+    if batch is None:  # not one group with signal in max_rounds rounds: nothing to learn from
+        return metrics | {"seconds_rollout": clock[1] - clock[0]}, position, None
+
+    measure(policy, batch, cfg)
+    clock.append(time.perf_counter())
+    modulate(batch, cfg)
+
+    # The update a group belongs to follows from its number among the groups of all ranks.
+    first = sum(distributed.gather([len(batch.examples)])[: distributed.rank()])
+    parts = [[q for q in range(len(batch.examples)) if (first + q) % cfg.updates_per_rollout == u] for u in range(cfg.updates_per_rollout)]
+    sums = [update(policy, optimizer, batch, part, cfg) for part in parts]
+    clock.append(time.perf_counter())
+
+    metrics |= summarise(batch, sums, cfg)
+    metrics |= {f"seconds_{name}": clock[i + 1] - clock[i] for i, name in enumerate(("rollout", "score", "update"))}
+    return metrics, position, batch
+
+
+def summarise(batch, sums, cfg):
+    """The numbers of a metrics line that come from phases 2 to 4 (README says what each means); reduced over ranks."""
+    mask = batch.rollout.response_mask
+    tokens = distributed.total(int(mask.sum()))
+    kept = max(1, distributed.total(sum(s["kept"] for s in sums)))
+    metrics = {
+        "loss": distributed.total(sum(s["loss"] for s in sums)) / len(sums),
+        "entropy": distributed.total(batch.entropy.sum().item()) / tokens,
+        "clip_fraction": distributed.total(sum(s["clipped"] for s in sums)) / kept,
+        "approx_kl": distributed.total(sum(s["approx_kl"] for s in sums)) / kept,
+        "gradient_tokens": distributed.total(int(((batch.token_mask > 0) & mask).sum())) / tokens,
+        "grad_norm": sum(s["grad_norm"] for s in sums) / len(sums),
+    }
+    if cfg.has("tgf") or cfg.has("tas"):
+        real = mask.any(dim=1)
+        means = torch.tensor(distributed.gather(loss.masked_mean(batch.dependency, mask)[real].tolist()))
+        alpha = torch.tensor(distributed.gather(batch.alpha[real].tolist()))
+        metrics |= {
+            "dependency_mean": means.mean().item(),
+            "dependency_std": means.std().item(),
+            "alpha_min": alpha.min().item(),
+            "alpha_max": alpha.max().item(),
+        }
+    return metrics
