@@ -58,7 +58,7 @@ def draw_digit(pixels, rng, size=28):
 
 
 QUESTIONS = {
-    "sum": ["what is the sum of the digits ?", "add up the digits .", "what do the digits add up to ?"],
+    "sum": ["what is the first digit plus the last ?", "add the last digit to the first ."],
     "difference": ["what is the first digit minus the last ?", "subtract the last digit from the first ."],
     "yesno": ["is there a {d} ?", "does the image show a {d} ?", "can you see a {d} ?"],
 }
@@ -108,7 +108,7 @@ def solve(kind, digits, target):
     """(answer, the computation as a list of words) for three digits: the arithmetic of a response, no looking involved."""
     a, b, c = digits
     if kind == "sum":
-        return str(a + b + c), f"{a} + {b} + {c} EQ {a + b + c}".split()
+        return str(a + c), f"{a} + {c} EQ {a + c}".split()
     if kind == "difference":
         return str(a - c), f"{a} - {c} EQ {a - c}".split()
     found = target in digits
@@ -164,9 +164,14 @@ def write_response(example, rng, guess=0.0, misread=0.0):
     return " ".join(words) + f" \\boxed{{{answer}}}"
 
 
-def write_reading(example):
-    """The digits alone, as words: the whole response in the first part of the warm-up."""
-    return "".join(" " + WORDS[digit] for digit in example.digits)
+def write_drill(example, rng, equations=4):
+    """The digits as words, then sums and differences, half of them of these digits: the first part of the warm-up, no phrasing."""
+    words = [WORDS[digit] for digit in example.digits]
+    for i in range(equations):
+        digits = example.digits if i % 2 == 0 else rng.integers(10, size=3)
+        words += [".", *solve(KINDS[rng.integers(2)], digits, None)[1]]
+    words = [SYNONYMS[word][rng.integers(len(SYNONYMS[word]))] if word in SYNONYMS else word for word in words]
+    return " " + " ".join(words)
 
 
 def is_reading(token):

@@ -48,13 +48,14 @@ def shaping_factors(mean_dependency, beta_min=0.9, beta_max=None):
     mean_dependency: (B,) = Sbar, the mean S of each response (`masked_mean`), of *all* trajectories of the rollout batch.
     beta_max None is the paper's "dynamic": beta_max = beta_min + (1 - beta_min) / mean(n), which makes mean(alpha) = 1.
     Returns (B,) alpha; all ones where max - min <= 1e-6 or B < 2 (there is nothing to rank). alpha then scales the
-    advantage, A'_i = alpha_i * A_i, negative ones too. Raises ValueError if beta_min > beta_max.
+    advantage, A'_i = alpha_i * A_i, negative ones too. Raises ValueError if beta_min > beta_max (dynamic: beta_min > 1).
+    A dynamic beta_max has no bound: one outlier among otherwise equal responses gets an alpha of (1 - beta_min) * B.
 
     Example: Sbar = (0, 0.1, 0.2): n = (0, 0.5, 1), mean 0.5; beta_min 0.9, dynamic: beta_max = 0.9 + 0.1 / 0.5 = 1.1,
     alpha = (0.9, 1.0, 1.1).
     """
-    if beta_max is not None and beta_min > beta_max:
-        raise ValueError(f"beta_min {beta_min} must not exceed beta_max {beta_max}")
+    if beta_min > (1 if beta_max is None else beta_max):
+        raise ValueError(f"beta_min {beta_min} must not exceed beta_max {beta_max or 1}")
     if mean_dependency.numel() < 2:
         return torch.ones_like(mean_dependency)
     low, high = mean_dependency.min(), mean_dependency.max()
@@ -67,7 +68,8 @@ def shaping_factors(mean_dependency, beta_min=0.9, beta_max=None):
 
 def masked_mean(values, response_mask):
     """Mean over each response's own tokens: (B, T), (B, T) -> (B,); 0 for an empty response. Sbar_i of Eq. 5 for values S."""
-    return (values * response_mask).sum(dim=1) / response_mask.sum(dim=1).clamp(min=1)
+    mask = response_mask.bool()
+    return torch.where(mask, values, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,8 +82,8 @@ def kept_count(k, lengths):
     """
     if not 0 < k <= 1:
         raise ValueError(f"k must be in (0, 1], got {k}")
-    ratio = Fraction(str(k))  # 0.4 as it was written: 2/5, not the nearest binary fraction
-    return -(-ratio.numerator * lengths // ratio.denominator)
+    ratio = Fraction(str(k)).limit_denominator(10**6)  # 0.4 as it was written: 2/5, not the nearest binary fraction
+    return -(-ratio.numerator * lengths.long() // ratio.denominator)
 
 
 def token_filter(dependency, response_mask, k=0.4):
@@ -109,6 +111,7 @@ def soft_filter(dependency, response_mask, k=0.4):
     mask = response_mask.to(dependency.dtype)
     if k == 1:
         return mask
+    dependency = torch.where(mask > 0, dependency, 0.0)  # whatever stands on padding must not reach the sums
     mean = masked_mean(dependency, mask)[:, None]
     std = masked_mean((dependency - mean).square(), mask).sqrt()[:, None]
     z = (dependency - mean) / std.clamp(min=1e-8)
@@ -156,19 +159,22 @@ def policy_loss(
 
     The divisor counts *all* response tokens, filtered ones too (Eq. 6 divides by |o_i|, not by k|o_i|).
 
-    Returns (scalar loss, metrics), metrics detached sums or means over kept tokens: clip_fraction (share of kept tokens
-    whose gradient the clip removed), ratio_max, approx_kl (mean of -log r). Raises ValueError for an unknown `average`.
+    Returns (scalar loss, metrics), metrics detached and over kept tokens: clip_fraction (share whose gradient the clip
+    removed), ratio_max, approx_kl (mean of -log r). Raises ValueError for an unknown `average` or advantages that are not (B,).
 
     Example, one response of 3 tokens, A = 2, old = new: r = 1. Keeping tokens 2 and 3: loss = -(0 + 2 + 2) / 3 = -4/3.
     """
     if average not in ("token", "sequence"):
         raise ValueError(f"average must be 'token' or 'sequence', got '{average}'")
+    if advantages.shape != logprobs.shape[:1]:
+        raise ValueError(f"advantages must be one number a response, ({len(logprobs)},), got {tuple(advantages.shape)}")
     mask = response_mask.to(logprobs.dtype)
     weight = mask if token_mask is None else mask * token_mask.to(logprobs.dtype)  # m_{i,t}
+    weight = weight.detach()
     kept = weight > 0
-    # Where nothing is kept, the difference is replaced by 0, so that whatever stands there (padding: anything) cannot
-    # overflow exp and turn 0 * inf into nan.
-    log_ratio = torch.where(kept, logprobs - old_logprobs, 0.0)
+    # Where nothing is kept, the difference is replaced by 0: padding may hold anything, and 0 * inf is nan. The bound, far
+    # outside every clip range, does the same for exp.
+    log_ratio = torch.where(kept, logprobs - old_logprobs.detach(), 0.0).clamp(-20, 20)
     ratio = log_ratio.exp()  # r_{i,t}
     gain = advantages.detach()[:, None].to(logprobs.dtype)  # A'_i, (B, 1)
 
@@ -191,7 +197,7 @@ def policy_loss(
         removed = kept & (objective != weight * unclipped)
         metrics = {
             "clip_fraction": removed.sum() / kept.sum().clamp(min=1),
-            "ratio_max": ratio.max() if ratio.numel() else ratio.new_ones(()),
+            "ratio_max": ratio[kept].max() if kept.any() else ratio.new_ones(()),
             "approx_kl": -log_ratio.sum() / kept.sum().clamp(min=1),
         }
     return loss, metrics

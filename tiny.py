@@ -2,9 +2,8 @@
 
 RL with verifiable rewards sharpens what a policy can already do now and then, so it must start from a policy that can. The
 warm-up stands in for pre-training: supervised learning in three parts.
-    1. read:  the response is the three digits and nothing else. The model learns to see. Without this part it stays blind
-       for many hundreds of steps: three readings drown among thirty tokens of phrasing that are easier to improve on.
-    2. clean: whole responses in many wordings, readings right. The model learns to compute and to phrase.
+    1. drill: the three digits and a few sums and differences, nothing else. The model learns to see and to compute.
+    2. clean: whole responses in many wordings, readings right. The model learns to answer the question.
     3. noisy: some readings are replaced at random, the arithmetic after them stays right. The model still knows but is
        unsure, so its samples differ and RL has something to choose from.
 In parts 2 and 3 a share of the responses answers without looking (lucky guesses, paper Insight 2).
@@ -34,7 +33,7 @@ from model import Policy, encode, image_text_processor, save
 
 RECIPE = dict(
     layers=4, width=128, vision_layers=3, vision_width=96, rope_theta=10.0, embedding_std=0.5, seed=0,
-    scenes=4000, batch=32, lr=2e-3, read_steps=160, clean_steps=300, noisy_steps=100, guess=0.30, misread=0.45,
+    scenes=4000, batch=32, lr=2e-3, drill_steps=200, clean_steps=320, noisy_steps=80, guess=0.30, misread=0.45,
 )  # fmt: skip
 
 SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|> <unk>".split()
@@ -53,7 +52,7 @@ def build_processor():
     texts = ["what are the digits ?", *sum(data.QUESTIONS.values(), []), *data.OPENINGS, *data.CLOSINGS, *data.GUESSES, *sum(data.SYNONYMS.values(), [])]
     words = [word for text in texts for word in text.split() if word not in data.SYNONYMS and "{" not in word]
     words += [*data.WORDS, *"user assistant answer in yes no + - = . , : ? { }".split(), "\\boxed{"]
-    words += [str(number) for number in range(-9, 28)]  # every result of a difference or a sum
+    words += [str(number) for number in range(-9, 19)]  # every result of a difference or a sum
     words = list(dict.fromkeys(words))
     vocabulary = [*SPECIAL, "\n", *words, *(" " + word for word in words)]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
@@ -109,7 +108,9 @@ def build_model(processor, layers, width, vision_layers, vision_width, rope_thet
 def warm_up(policy, recipe, progress=True):
     """Supervised learning on freshly worded responses to a fixed pool of training scenes: cross-entropy on response tokens.
 
-    Clean and noisy batches hold two responses to each scene, which share the work of its prompt. The learning rate is
+    The few tokens that are read from the image weigh as much as all the others together: a tenth of the tokens, and the
+    hardest to learn, they would drown among phrasing that is easier to improve on, and the model would stay blind for many
+    hundreds of steps. Clean and noisy batches hold two responses to each scene, which share the work of its prompt. The learning rate is
     constant for the first half, then falls linearly to 0.
     """
     rng = np.random.default_rng(recipe["seed"])
@@ -118,11 +119,12 @@ def warm_up(policy, recipe, progress=True):
     examples = [task[2**30 + i] for i in range(recipe["scenes"])]
     show = None if progress else True  # tqdm: None hides the bar where output is not a terminal
     prompts = [encode(policy.processor, example) for example in tqdm(examples, "scenes", disable=show)]
-    reading = [encode(policy.processor, replace(example, problem="what are the digits ?")) for example in examples]
+    drills = [encode(policy.processor, replace(example, problem="what are the digits ?")) for example in examples]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=recipe["lr"], weight_decay=0.01)
-    clean_from, noisy_from = recipe["read_steps"], recipe["read_steps"] + recipe["clean_steps"]
+    clean_from, noisy_from = recipe["drill_steps"], recipe["drill_steps"] + recipe["clean_steps"]
     total = noisy_from + recipe["noisy_steps"]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 1, 2 * (total - step) / total))
+    is_reading = torch.tensor([data.is_reading(token) for token in policy.processor.tokenizer.convert_ids_to_tokens(range(policy.model.config.text_config.vocab_size))])  # (V,)
     bar = tqdm(range(total), "warm-up", disable=show)
     for step in bar:
         copies = 1 if step < clean_from else 2
@@ -130,14 +132,15 @@ def warm_up(policy, recipe, progress=True):
         rows = rng.choice(len(examples), recipe["batch"] // copies, replace=False)
         chosen = [examples[row] for row in rows for _ in range(copies)]
         if step < clean_from:
-            batch, texts = [reading[row] for row in rows], [data.write_reading(example) for example in chosen]
+            batch, texts = [drills[row] for row in rows], [data.write_drill(example, rng) for example in chosen]
         else:
             batch = [prompts[row] for row in rows]
             texts = [data.write_response(example, rng, recipe["guess"], misread) for example in chosen]
         encoded = policy.processor.tokenizer([text + "<|im_end|>" for text in texts], padding=True, padding_side="right", return_tensors="pt")
         mask = encoded.attention_mask.bool()
         logprobs, _ = policy(batch, encoded.input_ids, mask, mask)
-        loss = -logprobs.sum() / mask.sum()
+        reading = is_reading[encoded.input_ids] & mask
+        loss = -logprobs[reading].mean() - logprobs[mask & ~reading].mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

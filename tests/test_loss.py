@@ -1,4 +1,4 @@
-"""The loss: numbers worked out by hand, plain-loop references in float64, limits, invariances and errors (Eq. 1, 2, 4, 5, 6).
+"""The loss: numbers by hand, plain-loop references in float64, limits, invariances and errors (Eq. 1, 2, 4, 5, 6).
 
 The references share no code with loss.py: Python floats, loops over responses and tokens, gradients by formula.
 """
@@ -89,9 +89,9 @@ DUALS = pytest.mark.parametrize("dual_clip", [None, 3.0])
 
 # --- by hand ---------------------------------------------------------------------------------------------------------
 def test_eq1_by_hand():
-    # (1,0,0): mean 1/3, std sqrt((4/9 + 1/9 + 1/9) / 2) = 0.57735, A = (2/3, -1/3, -1/3) / 0.57735. All 0.1: exactly 0.
-    out = loss.group_advantages(torch.tensor([1.0, 0, 0, 0.1, 0.1, 0.1]), 3)
-    assert out.tolist() == pytest.approx([1.1547, -0.57735, -0.57735, 0, 0, 0], abs=1e-5) and not out[3:].any()
+    # (1,0,0): mean 1/3, std sqrt((4/9 + 1/9 + 1/9) / 2) = 0.57735, A = (2/3, -1/3, -1/3) / 0.57735.
+    assert loss.group_advantages(f64([1, 0, 0]), 3).tolist() == pytest.approx([1.1547, -0.57735, -0.57735], abs=1e-5)
+    assert not loss.group_advantages(torch.full((7,), 0.7), 7).any()  # exactly 0, though the float32 mean of 0.7 is not 0.7
     # eps is added to the std: (2,0) has mean 1 and unbiased std sqrt(2); with eps = sqrt(2), A = 1 / (2 sqrt(2)) = 0.353553.
     assert loss.group_advantages(f64([2, 0]), 2, eps=math.sqrt(2)).tolist() == pytest.approx([0.353553, -0.353553], abs=1e-6)
 
@@ -149,14 +149,11 @@ def test_eq2_and_eq6_by_hand():
     assert value_and_grad(*args)[2]["clip_fraction"].item() == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize(
-    "r, a, dual_clip, value, slope",  # one token: the loss and its derivative by log pi
-    [
-        (1.25, 1, None, -1.25, -1.25), (1.30, 1, None, -1.28, 0), (0.50, 1, None, -0.5, -0.5),  # A > 0: only high r is clipped
-        (0.85, -1, None, 0.85, 0.85), (0.75, -1, None, 0.8, 0), (1.30, -1, None, 1.3, 1.3),  # A < 0: only low r is clipped
-        (5, -2, None, 10, 10), (5, -2, 3.0, 6, 0), (2, -2, 3.0, 4, 4), (5, 2, 3.0, -2.56, 0),  # dual: 3 |A| = 6 bounds 10
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("r, a, dual_clip, value, slope", [  # one token: the loss and its derivative by log pi
+    (1.25, 1, None, -1.25, -1.25), (1.30, 1, None, -1.28, 0), (0.50, 1, None, -0.5, -0.5),  # A > 0: only high r is clipped
+    (0.85, -1, None, 0.85, 0.85), (0.75, -1, None, 0.8, 0), (1.30, -1, None, 1.3, 1.3),  # A < 0: only low r is clipped
+    (5, -2, None, 10, 10), (5, -2, 3.0, 6, 0), (2, -2, 3.0, 4, 4), (5, 2, 3.0, -2.56, 0),  # dual: 3 |A| = 6 bounds 10
+])  # fmt: skip
 def test_clip_by_hand(r, a, dual_clip, value, slope):
     got, grad, metrics = value_and_grad(f64([[math.log(r)]]), f64([[0]]), f64([a]), torch.ones(1, 1), dual_clip=dual_clip)
     assert (got.item(), grad.item()) == pytest.approx((value, slope)) and (slope != 0 or grad.item() == 0)
@@ -176,7 +173,19 @@ def test_entropy_by_hand():
     assert grad.tolist()[0] == pytest.approx([0.205990, -0.205990, 0], abs=1e-6) and grad[0, 2] == 0  # forbidden id: exactly
 
 
-# --- against the references ------------------------------------------------------------------------------------------
+def test_exact_penalty_pushes_the_entropy_and_the_sampled_one_pushes_nowhere():
+    z, one = f64([0.3, -1.2, 0.8, 2.0, -0.5]).requires_grad_(), torch.ones(1, 1)
+    logp = torch.log_softmax(z, 0)
+    p, entropy = logp.exp().detach(), -(logp.exp() * logp).sum().item()
+    exact = torch.autograd.grad(loss.entropy_penalty(loss.token_entropy(z).reshape(1, 1), one), z)[0]
+    assert_close(exact, -p * (logp.detach() + entropy), rtol=0, atol=1e-6)  # dH/dz = -p (log p + H); float32 inside
+    # The mean over o ~ p, enumerated: the same value, sum_o p_o (-log p_o) = H, but sum_o p_o grad(-log p_o) = 0.
+    each = [loss.entropy_penalty(logp[o].reshape(1, 1), one, "sampled") for o in range(5)]
+    assert sum(q * v.item() for q, v in zip(p, each)) == pytest.approx(entropy, rel=1e-12)
+    sampled = sum(q * torch.autograd.grad(v, z, retain_graph=True)[0] for q, v in zip(p, each))
+    assert sampled.abs().max() < 1e-15 and exact.abs().max() > 0.1
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_advantages_factors_and_filters_equal_the_references(seed):
     _, _, rewards, mask, dependency = batch(seed)
@@ -188,6 +197,7 @@ def test_advantages_factors_and_filters_equal_the_references(seed):
                       for ref in (ref_hard, lambda s, n, k: ref_soft(s, n, k / 100)))  # fmt: skip
         assert loss.token_filter(dependency, mask, k / 100).tolist() == hard
         assert_close(loss.soft_filter(dependency, mask, k / 100), f64(soft), rtol=0, atol=1e-12)
+        assert_close(loss.soft_filter(dependency * 1e-4, mask, k / 100), f64(soft), rtol=0, atol=1e-12)  # a z-score has no unit
         for s in (dependency, dependency.float(), dependency.float() * 1e-4):  # the mean weight is k in float32 too
             total = loss.soft_filter(s, mask, k / 100).double().sum(1)
             assert_close(total / f64(LENGTHS), f64([k / 100] * 8), rtol=0, atol=1e-6)
@@ -255,7 +265,7 @@ def test_no_gradient_outside_the_masks_whatever_stands_there(average, junk):
 
 @AVERAGES
 @KINDS
-def test_padding_columns_and_row_order_change_nothing(average, kind):
+def test_padding_row_order_and_micro_batches_change_nothing(average, kind):
     new, old, advantages, mask, dependency = batch(3)
     m, order = MASKS[kind](dependency, mask), [4, 6, 7, 5, 0, 2, 1, 3]  # groups change places, rows change within them
     value, grad, _ = value_and_grad(new, old, advantages, mask, m, average=average)
@@ -267,45 +277,18 @@ def test_padding_columns_and_row_order_change_nothing(average, kind):
         got = value_and_grad(n, o, a, k, m2, average=average)
         assert_close(got[0], value, rtol=1e-13, atol=0)
         assert_close(got[1], change(grad) * k, rtol=1e-13, atol=1e-16)
+    for cuts in ((4,), (1, 3, 6), range(1, 8)):  # micro-batches add up; LENGTHS sum to 40
+        rows = [[x if x is None else x[a:b] for x in (new, old, advantages, mask, m)] for a, b in zip((0, *cuts), (*cuts, 8))]
+        parts = [value_and_grad(*part, average=average, denominator=40 if average == "token" else 8) for part in rows]
+        assert_close(sum(part[0] for part in parts), value, rtol=1e-12, atol=1e-13)
+        assert_close(torch.cat([part[1] for part in parts]), grad, rtol=1e-12, atol=1e-15)
     assert_close(loss.group_advantages(advantages[order], 4), loss.group_advantages(advantages, 4)[order])
     assert_close(loss.shaping_factors(advantages[order]), loss.shaping_factors(advantages)[order])
 
 
-@AVERAGES
-@KINDS
-@pytest.mark.parametrize("cuts", [(4,), (1, 3, 6), (1, 2, 3, 4, 5, 6, 7)])
-def test_micro_batches_add_up_to_the_batch(average, kind, cuts):
-    new, old, advantages, mask, dependency = batch(4)
-    whole = [new, old, advantages, mask, MASKS[kind](dependency, mask)]
-    value, grad, _ = value_and_grad(*whole, average=average)
-    count = 40 if average == "token" else 8  # LENGTHS sum to 40
-    rows = [[x if x is None else x[a:b] for x in whole] for a, b in zip((0, *cuts), (*cuts, 8))]
-    parts = [value_and_grad(*part, average=average, denominator=count) for part in rows]
-    assert_close(sum(part[0] for part in parts), value, rtol=1e-12, atol=1e-13)
-    assert_close(torch.cat([part[1] for part in parts]), grad, rtol=1e-12, atol=1e-15)
-
-
-def test_exact_penalty_pushes_the_entropy_and_the_sampled_one_pushes_nowhere():
-    z, one = f64([0.3, -1.2, 0.8, 2.0, -0.5]).requires_grad_(), torch.ones(1, 1)
-    logp = torch.log_softmax(z, 0)
-    p, entropy = logp.exp().detach(), -(logp.exp() * logp).sum().item()
-    exact = torch.autograd.grad(loss.entropy_penalty(loss.token_entropy(z).reshape(1, 1), one), z)[0]
-    assert_close(exact, -p * (logp.detach() + entropy), rtol=0, atol=1e-6)  # dH/dz = -p (log p + H); float32 inside
-    # The mean over o ~ p, enumerated: the same value, sum_o p_o (-log p_o) = H, but sum_o p_o grad(-log p_o) = 0.
-    each = [loss.entropy_penalty(logp[o].reshape(1, 1), one, "sampled") for o in range(5)]
-    assert sum(q * v.item() for q, v in zip(p, each)) == pytest.approx(entropy, rel=1e-12)
-    sampled = sum(q * torch.autograd.grad(v, z, retain_graph=True)[0] for q, v in zip(p, each))
-    assert sampled.abs().max() < 1e-15 and exact.abs().max() > 0.1
-
-
-K_ERRORS = [
-    (f"got {k}", lambda f=f, k=k: f(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.long), k))
-    for k in (0, -0.1, 1.5, nan)
-    for f in (loss.token_filter, loss.soft_filter, lambda _, mask, k: loss.kept_count(k, mask.sum(1)))
-]
-
-
-@pytest.mark.parametrize("words, call", K_ERRORS + [
+@pytest.mark.parametrize("words, call", [
+    *[(f"got {k}", lambda f=f, k=k: f(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.long), k)) for k in (0, -0.1, 1.5, nan)
+      for f in (loss.token_filter, loss.soft_filter, lambda _, mask, k: loss.kept_count(k, mask.sum(1)))],
     ("7 rewards .* groups of 2", lambda: loss.group_advantages(torch.zeros(7), 2)),
     ("groups of 1 ", lambda: loss.group_advantages(torch.zeros(4), 1)),
     ("beta_min 1.3 .* beta_max 0.7", lambda: loss.shaping_factors(torch.rand(3), 1.3, 0.7)),
