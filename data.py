@@ -164,14 +164,14 @@ def write_response(example, rng, guess=0.0, misread=0.0):
     return " ".join(words) + f" \\boxed{{{answer}}}"
 
 
-def write_drill(example, rng, equations=4):
-    """The digits as words, then sums and differences, half of them of these digits: the first part of the warm-up, no phrasing."""
+def write_drill(example, rng, equations=5):
+    """The digits as words, sums and differences (of these and of random digits), the last result boxed: skills without phrasing."""
     words = [WORDS[digit] for digit in example.digits]
     for i in range(equations):
         digits = example.digits if i % 2 == 0 else rng.integers(10, size=3)
         words += [".", *solve(KINDS[rng.integers(2)], digits, None)[1]]
     words = [SYNONYMS[word][rng.integers(len(SYNONYMS[word]))] if word in SYNONYMS else word for word in words]
-    return " " + " ".join(words)
+    return " " + " ".join(words) + f" \\boxed{{{words[-1]}}}"
 
 
 def is_reading(token):

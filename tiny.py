@@ -2,7 +2,8 @@
 
 RL with verifiable rewards sharpens what a policy can already do now and then, so it must start from a policy that can. The
 warm-up stands in for pre-training: supervised learning in three parts.
-    1. drill: the three digits and a few sums and differences, nothing else. The model learns to see and to compute.
+    1. drill: the three digits and a few sums and differences, nothing else. The model learns to see and to compute; a
+       quarter of the second part are drills too.
     2. clean: whole responses in many wordings, readings right. The model learns to answer the question.
     3. noisy: some readings are replaced at random, the arithmetic after them stays right. The model still knows but is
        unsure, so its samples differ and RL has something to choose from.
@@ -33,7 +34,7 @@ from model import Policy, encode, image_text_processor, save
 
 RECIPE = dict(
     layers=4, width=128, vision_layers=3, vision_width=96, rope_theta=10.0, embedding_std=0.5, seed=0,
-    scenes=4000, batch=32, lr=2e-3, drill_steps=200, clean_steps=320, noisy_steps=80, guess=0.30, misread=0.45,
+    scenes=4000, batch=32, lr=2e-3, drill_steps=160, clean_steps=340, noisy_steps=80, guess=0.30, misread=0.45,
 )  # fmt: skip
 
 SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|> <unk>".split()
@@ -110,33 +111,34 @@ def warm_up(policy, recipe, progress=True):
 
     The few tokens that are read from the image weigh as much as all the others together: a tenth of the tokens, and the
     hardest to learn, they would drown among phrasing that is easier to improve on, and the model would stay blind for many
-    hundreds of steps. Clean and noisy batches hold two responses to each scene, which share the work of its prompt. The learning rate is
-    constant for the first half, then falls linearly to 0.
+    hundreds of steps. The learning rate is constant for the first half, then falls linearly to 0.
     """
     rng = np.random.default_rng(recipe["seed"])
-    task = data.Digits("train")
+    task, tokenizer = data.Digits("train"), policy.processor.tokenizer
+    show = None if progress else True  # tqdm: None hides the bar where output is not a terminal
     # The pool lies far out in the endless training split, where RL never gets to.
     examples = [task[2**30 + i] for i in range(recipe["scenes"])]
-    show = None if progress else True  # tqdm: None hides the bar where output is not a terminal
     prompts = [encode(policy.processor, example) for example in tqdm(examples, "scenes", disable=show)]
     drills = [encode(policy.processor, replace(example, problem="what are the digits ?")) for example in examples]
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=recipe["lr"], weight_decay=0.01)
+    is_reading = torch.tensor([data.is_reading(token) for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])  # (V,)
+
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=recipe["lr"], betas=(0.9, 0.95), weight_decay=0.01)
     clean_from, noisy_from = recipe["drill_steps"], recipe["drill_steps"] + recipe["clean_steps"]
     total = noisy_from + recipe["noisy_steps"]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 1, 2 * (total - step) / total))
-    is_reading = torch.tensor([data.is_reading(token) for token in policy.processor.tokenizer.convert_ids_to_tokens(range(policy.model.config.text_config.vocab_size))])  # (V,)
     bar = tqdm(range(total), "warm-up", disable=show)
     for step in bar:
-        copies = 1 if step < clean_from else 2
+        drill_every = 1 if step < clean_from else 4 if step < noisy_from else total  # clean batches keep a quarter of drills
         misread = recipe["misread"] if step >= noisy_from else 0.0
-        rows = rng.choice(len(examples), recipe["batch"] // copies, replace=False)
-        chosen = [examples[row] for row in rows for _ in range(copies)]
-        if step < clean_from:
-            batch, texts = [drills[row] for row in rows], [data.write_drill(example, rng) for example in chosen]
-        else:
-            batch = [prompts[row] for row in rows]
-            texts = [data.write_response(example, rng, recipe["guess"], misread) for example in chosen]
-        encoded = policy.processor.tokenizer([text + "<|im_end|>" for text in texts], padding=True, padding_side="right", return_tensors="pt")
+        copies = 1 if step < clean_from else 4  # responses to a scene; they share the work of its prompt
+        batch, texts = [], []
+        for i, row in enumerate(rng.choice(len(examples), recipe["batch"] // copies, replace=False)):
+            drill = (i + 1) % drill_every == 0
+            batch.append((drills if drill else prompts)[row])
+            for _ in range(copies):
+                text = data.write_drill(examples[row], rng) if drill else data.write_response(examples[row], rng, recipe["guess"], misread)
+                texts.append(text + "<|im_end|>")
+        encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         mask = encoded.attention_mask.bool()
         logprobs, _ = policy(batch, encoded.input_ids, mask, mask)
         reading = is_reading[encoded.input_ids] & mask
