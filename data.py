@@ -60,7 +60,7 @@ def draw_digit(pixels, rng, size=28):
 QUESTIONS = {
     "sum": ["what is the first digit plus the last ?", "add the last digit to the first ."],
     "difference": ["what is the first digit minus the last ?", "subtract the last digit from the first ."],
-    "yesno": ["is there a {d} ?", "does the image show a {d} ?", "can you see a {d} ?"],
+    "yesno": ["is the first digit larger than the last ?", "does the first digit exceed the last ?"],
 }
 KINDS = list(QUESTIONS)
 KIND_SHARE = [0.32, 0.32, 0.36]
@@ -89,30 +89,23 @@ class Digits:
             raise IndexError(i)
         rng = np.random.default_rng([list(POOLS).index(self.split), i])
         kind = str(rng.choice(KINDS, p=KIND_SHARE))
-        if kind == "yesno":  # half of the questions have a yes: the target is then one of the digits drawn
-            wanted, target = bool(rng.integers(2)), int(rng.integers(10))
-            while True:
-                picks = rng.integers(len(self.labels), size=3)
-                if (target in self.labels[picks]) == wanted:
-                    break
-        else:
-            target, picks = None, rng.integers(len(self.labels), size=3)
+        picks = rng.integers(len(self.labels), size=3)
         digits = tuple(int(d) for d in self.labels[picks])
         image = Image.fromarray(np.concatenate([draw_digit(self.images[p], rng) for p in picks], axis=1)).convert("RGB")
-        problem = str(rng.choice(QUESTIONS[kind])).format(d=target) + " answer in \\boxed{}"
-        answer, _ = solve(kind, digits, target)
+        problem = str(rng.choice(QUESTIONS[kind])) + " answer in \\boxed{}"
+        answer, _ = solve(kind, digits)
         return Example([image], problem, answer, f"digits {self.split}[{i}]", kind, digits)
 
 
-def solve(kind, digits, target):
+def solve(kind, digits):
     """(answer, the computation as a list of words) for three digits: the arithmetic of a response, no looking involved."""
-    a, b, c = digits
+    first, _, last = digits
     if kind == "sum":
-        return str(a + c), f"{a} + {c} EQ {a + c}".split()
+        return str(first + last), f"{first} + {last} EQ {first + last}".split()
     if kind == "difference":
-        return str(a - c), f"{a} - {c} EQ {a - c}".split()
-    found = target in digits
-    return ("yes" if found else "no"), f"{target} BE {'PRESENT' if found else 'ABSENT'}".split()
+        return str(first - last), f"{first} - {last} EQ {first - last}".split()
+    relation = "LARGER than" if first > last else "SMALLER than" if first < last else "EQUAL to"
+    return ("yes" if first > last else "no"), f"{first} BE {relation} {last}".split()
 
 
 # Every capitalised word of a template below stands for one of these, drawn afresh each time.
@@ -126,8 +119,9 @@ SYNONYMS = {
     "SO": "so hence thus now therefore".split(),
     "EQ": "= gives makes is".split(),
     "BE": "is looks seems".split(),
-    "PRESENT": "present there shown visible".split(),
-    "ABSENT": "missing absent nowhere lacking".split(),
+    "LARGER": "larger bigger greater higher".split(),
+    "SMALLER": "smaller lower lesser under".split(),
+    "EQUAL": "equal same alike".split(),
     "ANSWER": "answer result solution outcome".split(),
     "FINAL": "final whole full".split(),
     "HARD": "hard tough tricky difficult".split(),
@@ -148,35 +142,37 @@ def write_response(example, rng, guess=0.0, misread=0.0):
     unsure, which leaves RL something to do. Returns text; `is_reading` tells which of its words come from the image.
     """
     pick = lambda options: options[rng.integers(len(options))]  # noqa: E731  (rng.choice is 20 times slower)
-    # The digit a yes/no question asks for is the one numeral in its text.
-    target = next((int(word) for word in example.problem.split() if word.isdigit()), None)
     if rng.random() < guess:
         words = pick(GUESSES).split()
-        answer, _ = solve(example.kind, rng.integers(10, size=3), target)
-        if example.kind == "yesno":
-            answer = pick(["yes", "no"])
+        answer, _ = solve(example.kind, rng.integers(10, size=3))
     else:
         digits = [int(rng.integers(10)) if rng.random() < misread else d for d in example.digits]
-        answer, computation = solve(example.kind, digits, target)
+        answer, computation = solve(example.kind, digits)
         read = [WORDS[digits[0]], "THEN", WORDS[digits[1]], "THEN", WORDS[digits[2]], "."]
         words = pick(OPENINGS).split() + read + ["SO"] + computation + ["."] + pick(CLOSINGS).split()
     words = [pick(SYNONYMS[word]) if word in SYNONYMS else word for word in words]
     return " ".join(words) + f" \\boxed{{{answer}}}"
 
 
-def write_drill(example, rng, equations=5):
-    """The digits as words, sums and differences (of these and of random digits), the last result boxed: skills without phrasing."""
-    words = [WORDS[digit] for digit in example.digits]
-    for i in range(equations):
-        digits = example.digits if i % 2 == 0 else rng.integers(10, size=3)
-        words += [".", *solve(KINDS[rng.integers(2)], digits, None)[1]]
-    words = [SYNONYMS[word][rng.integers(len(SYNONYMS[word]))] if word in SYNONYMS else word for word in words]
-    return " " + " ".join(words) + f" \\boxed{{{words[-1]}}}"
+def write_drill(example, rng, more=4):
+    """The reading, the computation and the answer without phrasing, then `more` computations with random digits: pure skill."""
+    answer, computation = solve(example.kind, example.digits)
+    words = [WORDS[digit] for digit in example.digits] + [".", *computation, f"\\boxed{{{answer}}}"]
+    for _ in range(more):
+        words += [".", *solve(KINDS[rng.integers(len(KINDS))], rng.integers(10, size=3))[1]]
+    return " " + " ".join(SYNONYMS[word][rng.integers(len(SYNONYMS[word]))] if word in SYNONYMS else word for word in words)
 
 
 def is_reading(token):
     """True where a token of a digits response states something read from the image: a digit as a word."""
     return token.strip() in WORDS
+
+
+def is_computed(token):
+    """True where a token of a digits response follows from what was read and asked: numerals, signs, comparisons, yes and no."""
+    word = token.strip()
+    computed = {"+", "-", "yes", "no", *SYNONYMS["LARGER"], *SYNONYMS["SMALLER"], *SYNONYMS["EQUAL"]}
+    return word in computed or word.lstrip("-").isdigit()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

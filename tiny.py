@@ -2,9 +2,9 @@
 
 RL with verifiable rewards sharpens what a policy can already do now and then, so it must start from a policy that can. The
 warm-up stands in for pre-training: supervised learning in three parts.
-    1. drill: the three digits and a few sums and differences, nothing else. The model learns to see and to compute; a
-       quarter of the second part are drills too.
-    2. clean: whole responses in many wordings, readings right. The model learns to answer the question.
+    1. drill: the digits, the computation, the answer, and further computations, without phrasing. The model learns to see,
+       to compute and what the question asks for.
+    2. clean: whole responses in many wordings, readings right; a quarter of the batch stays drill. The model learns to phrase.
     3. noisy: some readings are replaced at random, the arithmetic after them stays right. The model still knows but is
        unsure, so its samples differ and RL has something to choose from.
 In parts 2 and 3 a share of the responses answers without looking (lucky guesses, paper Insight 2).
@@ -17,7 +17,6 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ from model import Policy, encode, image_text_processor, save
 
 RECIPE = dict(
     layers=4, width=128, vision_layers=3, vision_width=96, rope_theta=10.0, embedding_std=0.5, seed=0,
-    scenes=4000, batch=32, lr=2e-3, drill_steps=160, clean_steps=340, noisy_steps=80, guess=0.30, misread=0.45,
+    scenes=4000, batch=32, lr=2e-3, drill_steps=160, clean_steps=380, noisy_steps=80, guess=0.33, misread=0.40,
 )  # fmt: skip
 
 SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|> <unk>".split()
@@ -50,9 +49,9 @@ CHAT_TEMPLATE = (
 
 def build_processor():
     """Qwen2.5-VL's processor with a vocabulary of the words the digits task uses, each with and without a leading space."""
-    texts = ["what are the digits ?", *sum(data.QUESTIONS.values(), []), *data.OPENINGS, *data.CLOSINGS, *data.GUESSES, *sum(data.SYNONYMS.values(), [])]
+    texts = [*sum(data.QUESTIONS.values(), []), *data.OPENINGS, *data.CLOSINGS, *data.GUESSES, *sum(data.SYNONYMS.values(), [])]
     words = [word for text in texts for word in text.split() if word not in data.SYNONYMS and "{" not in word]
-    words += [*data.WORDS, *"user assistant answer in yes no + - = . , : ? { }".split(), "\\boxed{"]
+    words += [*data.WORDS, *"user assistant answer in yes no than to + - = . , : ? { }".split(), "\\boxed{"]
     words += [str(number) for number in range(-9, 19)]  # every result of a difference or a sum
     words = list(dict.fromkeys(words))
     vocabulary = [*SPECIAL, "\n", *words, *(" " + word for word in words)]
@@ -109,9 +108,9 @@ def build_model(processor, layers, width, vision_layers, vision_width, rope_thet
 def warm_up(policy, recipe, progress=True):
     """Supervised learning on freshly worded responses to a fixed pool of training scenes: cross-entropy on response tokens.
 
-    The few tokens that are read from the image weigh as much as all the others together: a tenth of the tokens, and the
-    hardest to learn, they would drown among phrasing that is easier to improve on, and the model would stay blind for many
-    hundreds of steps. The learning rate is constant for the first half, then falls linearly to 0.
+    Three sorts of token weigh the same: read from the image, computed, phrasing. Plain averaging would let the few hard
+    ones drown among phrasing that is easier to improve on; the model would stay blind for many hundreds of steps.
+    The learning rate is constant for the first half, then falls linearly to 0.
     """
     rng = np.random.default_rng(recipe["seed"])
     task, tokenizer = data.Digits("train"), policy.processor.tokenizer
@@ -119,8 +118,8 @@ def warm_up(policy, recipe, progress=True):
     # The pool lies far out in the endless training split, where RL never gets to.
     examples = [task[2**30 + i] for i in range(recipe["scenes"])]
     prompts = [encode(policy.processor, example) for example in tqdm(examples, "scenes", disable=show)]
-    drills = [encode(policy.processor, replace(example, problem="what are the digits ?")) for example in examples]
-    is_reading = torch.tensor([data.is_reading(token) for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])  # (V,)
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    sort = torch.tensor([2 if data.is_reading(token) else int(data.is_computed(token)) for token in tokens])  # (V,)
 
     optimizer = torch.optim.AdamW(policy.parameters(), lr=recipe["lr"], betas=(0.9, 0.95), weight_decay=0.01)
     clean_from, noisy_from = recipe["drill_steps"], recipe["drill_steps"] + recipe["clean_steps"]
@@ -134,15 +133,15 @@ def warm_up(policy, recipe, progress=True):
         batch, texts = [], []
         for i, row in enumerate(rng.choice(len(examples), recipe["batch"] // copies, replace=False)):
             drill = (i + 1) % drill_every == 0
-            batch.append((drills if drill else prompts)[row])
+            batch.append(prompts[row])
             for _ in range(copies):
                 text = data.write_drill(examples[row], rng) if drill else data.write_response(examples[row], rng, recipe["guess"], misread)
                 texts.append(text + "<|im_end|>")
         encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         mask = encoded.attention_mask.bool()
         logprobs, _ = policy(batch, encoded.input_ids, mask, mask)
-        reading = is_reading[encoded.input_ids] & mask
-        loss = -logprobs[reading].mean() - logprobs[mask & ~reading].mean()
+        sorts = sort[encoded.input_ids].masked_fill(~mask, -1)
+        loss = -sum(logprobs[sorts == number].mean() for number in range(3))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
