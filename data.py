@@ -154,12 +154,12 @@ def write_response(example, rng, guess=0.0, misread=0.0):
     return " ".join(words) + f" \\boxed{{{answer}}}"
 
 
-def write_drill(example, rng, more=4):
-    """The reading, the computation and the answer without phrasing, then `more` computations with random digits: pure skill."""
+def write_drill(example, rng, more=5):
+    """The reading, the computation and the answer without phrasing, then `more` sums and differences of random digits."""
     answer, computation = solve(example.kind, example.digits)
     words = [WORDS[digit] for digit in example.digits] + [".", *computation, f"\\boxed{{{answer}}}"]
     for _ in range(more):
-        words += [".", *solve(KINDS[rng.integers(len(KINDS))], rng.integers(10, size=3))[1]]
+        words += [".", *solve(KINDS[rng.integers(2)], rng.integers(10, size=3))[1]]
     return " " + " ".join(SYNONYMS[word][rng.integers(len(SYNONYMS[word]))] if word in SYNONYMS else word for word in words)
 
 
