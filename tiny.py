@@ -33,7 +33,7 @@ from model import Policy, encode, image_text_processor, save
 
 RECIPE = dict(
     layers=4, width=128, vision_layers=3, vision_width=96, rope_theta=10.0, embedding_std=0.5, seed=0,
-    scenes=4000, batch=32, lr=2e-3, drill_steps=160, clean_steps=380, noisy_steps=80, guess=0.33, misread=0.40,
+    scenes=4000, batch=32, lr=2e-3, drill_steps=160, clean_steps=460, noisy_steps=80, guess=0.36, misread=0.40,
 )  # fmt: skip
 
 SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|> <unk>".split()

@@ -45,7 +45,7 @@ class Config:
     model: str = option("tiny", "'tiny' (built and warmed up here), a folder in Hugging Face format, or a hub id")
     data: str = option("digits", "'digits', a folder with metadata.jsonl and images, or a hub id")
     method: str = option("vppo", "vppo, dapo, grpo, tgf (filter only), tas (shaping only) or vppo_grpo")
-    steps: int = option(60, "rollout batches to train on")  # ours; the paper: 2 epochs of 38,870 rows
+    steps: int = option(100, "rollout batches to train on")  # ours; the paper: 2 epochs of 38,870 rows
     seed: int = option(0, "prompts, masks and sampling follow from it")
     output: str = option("", "output folder; default runs/METHOD-DATA-SEED")
     # Phase 1: rollout
@@ -69,8 +69,8 @@ class Config:
     beta_max: float | None = option(None, "largest shaping factor; default dynamic, mean alpha = 1")  # Table 9
     soft: bool = option(False, "soft token weights instead of a binary mask")  # Appendix I, Table 6
     # Phase 4: update
-    updates_per_rollout: int = option(1, "optimizer steps per rollout batch")  # Table 9: 3
-    lr: float = option(1e-4, "AdamW learning rate")  # ours for 1.6 M weights; Table 9: 1e-6
+    updates_per_rollout: int = option(4, "optimizer steps per rollout batch")  # Table 9: 3
+    lr: float = option(4e-4, "AdamW learning rate")  # ours for 1.6 M weights; Table 9: 1e-6
     lr_schedule: str = option("linear", "linear (to 0) or constant")  # ours; Table 9: constant
     weight_decay: float = option(0.01, "AdamW weight decay")  # Table 9
     max_grad_norm: float = option(1.0, "gradient norm clip")  # Table 9
@@ -85,11 +85,11 @@ class Config:
     responses_at_once: int = option(1024, "responses in one call of generate: memory, not results")
     share_prompt: bool = option(True, "run a prompt once for its whole group; --no_share_prompt repeats it")
     dtype: str = option("float32", "weights: float32 or bfloat16")
-    eval_every: int = option(10, "validation every so many steps; 0 never")
+    eval_every: int = option(20, "validation every so many steps; 0 never")
     eval_prompts: int = option(64, "validation prompts")
     test_prompts: int = option(512, "held-out prompts of the final table; 0 skips it")
     eval_samples: int = option(8, "responses per evaluated prompt: the 8 of avg@8")
-    save_every: int = option(20, "checkpoint every so many steps; the last step always; 0 never")
+    save_every: int = option(50, "checkpoint every so many steps; the last step always; 0 never")
 
     def has(self, part):
         """Whether the method switches on "tgf", "tas" or "dapo"."""

@@ -1,0 +1,187 @@
+"""The training step as a whole: Algorithm 1, its invariances and its limits."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+import data
+import loss
+import vppo
+from model import encode
+from rollout import generate
+from vppo import METHODS, Batch, Config, check, measure, modulate, train_step, update
+
+
+@pytest.fixture
+def batch(raw_policy):
+    """A rollout batch of 5 groups x 4 with rewards that give every group but one a signal."""
+    examples = [data.Digits("val")[i] for i in range(5)]
+    prompts = [encode(raw_policy.processor, example) for example in examples]
+    torch.manual_seed(0)
+    rollout = generate(raw_policy, prompts, 4, max_new_tokens=10)
+    rewards = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 1, 0, 1, 0])
+    return Batch(rollout, examples, list(range(5)), rewards)
+
+
+def prepared(policy, batch, **fields):
+    """Phases 2 and 3 with a config of the given fields."""
+    cfg = Config(prompts_per_step=5, group_size=4, **fields)
+    batch = copy.copy(batch)
+    measure(policy, batch, cfg)
+    modulate(batch, cfg)
+    return cfg, batch
+
+
+def gradient(policy, batch, cfg):
+    """The gradient of one update before clipping, by an optimizer that does not move."""
+    update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), batch, range(5), replace(cfg, max_grad_norm=1e9))
+    return torch.cat([p.grad.flatten().clone() for p in policy.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_switch_on_what_they_should(raw_policy, batch, method):
+    cfg, ready = prepared(raw_policy, batch, method=method)
+    parts, mask = METHODS[method], ready.rollout.response_mask
+    assert ("tgf" in parts) == bool((ready.token_mask != mask).any())
+    assert ("tas" in parts) == bool((ready.alpha != 1).any())
+    plain = loss.group_advantages(ready.rewards, 4)
+    assert torch.equal(ready.advantages, ready.alpha * plain)
+    if "tas" in parts:  # dynamic beta_max: mean 1 over the batch
+        assert ready.alpha.mean().item() == pytest.approx(1, abs=1e-5) and ready.alpha.min().item() == pytest.approx(0.9)
+    if "tgf" in parts:
+        assert torch.equal(ready.token_mask.sum(1), loss.kept_count(0.4, mask.sum(1)))
+
+
+def test_vppo_with_all_tokens_and_unit_alpha_is_dapo_to_the_bit(raw_policy, batch):
+    dapo_cfg, dapo = prepared(raw_policy, batch, method="dapo")
+    cfg, ready = prepared(raw_policy, batch, method="vppo", k=1.0, beta_min=1.0, beta_max=1.0)
+    assert torch.equal(gradient(raw_policy, ready, cfg), gradient(raw_policy, dapo, dapo_cfg))
+
+
+@pytest.mark.parametrize("method", ["vppo", "vppo_grpo"])
+@pytest.mark.parametrize("extra", [{}, {"entropy_penalty": 0.06}, {"entropy_penalty": 0.06, "entropy_form": "sampled"}, {"soft": True}])
+def test_micro_batch_size_changes_nothing(raw_policy, batch, method, extra):
+    cfg, ready = prepared(raw_policy, batch, method=method, **extra)
+    whole = gradient(raw_policy, ready, cfg)
+    assert whole.norm() > 0
+    for tokens in (1, 100, 200):  # a response at a time; a group at a time; two or three groups
+        small_cfg, small = prepared(raw_policy, batch, method=method, tokens_per_batch=tokens, **extra)
+        assert torch.allclose(small.token_mask.float(), ready.token_mask.float(), atol=1e-3) and torch.allclose(small.alpha, ready.alpha, atol=1e-6)
+        cut = gradient(raw_policy, small, small_cfg)
+        assert (cut - whole).norm() / whole.norm() < (1e-4 if "soft" in extra else 1e-5)  # z-scores amplify rounding of S
+
+
+def test_plain_path_gives_the_same_gradient(raw_policy, batch):
+    cfg, ready = prepared(raw_policy, batch, method="vppo")
+    shared = gradient(raw_policy, ready, cfg)
+    raw_policy.share_prompt = False
+    plain = gradient(raw_policy, ready, cfg)
+    assert (shared - plain).norm() / shared.norm() < 1e-5
+
+
+def test_gradient_equals_the_objective_written_out(raw_policy, batch):
+    """Eq. 6 over full log-probabilities, nothing skipped: the update that only looks at chosen tokens agrees with it."""
+    cfg, ready = prepared(raw_policy, batch, method="vppo")
+    fast = gradient(raw_policy, ready, cfg)
+    raw_policy.zero_grad()
+    mask = ready.rollout.response_mask
+    logits = raw_policy.logits(raw_policy.states(ready.rollout.prompts, ready.rollout.response_ids, mask))
+    logprobs = logits.log_softmax(-1).gather(-1, ready.rollout.response_ids[..., None])[..., 0]
+    weight = (ready.alpha * loss.group_advantages(ready.rewards, 4))[:, None] * ready.token_mask
+    (-(weight * (logprobs - logprobs.detach()).exp())[mask].sum() / mask.sum()).backward()
+    slow = torch.cat([p.grad.flatten() for p in raw_policy.parameters() if p.grad is not None])
+    assert (fast - slow).norm() / slow.norm() < 1e-5
+
+
+def test_padding_and_group_order_change_nothing(raw_policy, batch):
+    cfg, ready = prepared(raw_policy, batch, method="vppo")
+    order = [3, 0, 4, 1, 2]
+    rows = [q * 4 + g for q in order for g in range(4)]
+    moved = Batch(batch.rollout.select(order), [batch.examples[q] for q in order], order, batch.rewards[rows])
+    pad = torch.nn.functional.pad
+    moved.rollout.response_ids = pad(moved.rollout.response_ids, (0, 3), value=raw_policy.pad_id)
+    moved.rollout.response_mask = pad(moved.rollout.response_mask, (0, 3), value=False)
+    _, other = prepared(raw_policy, moved, method="vppo")
+    T = batch.rollout.response_ids.shape[1]
+    assert torch.allclose(other.alpha, ready.alpha[rows], atol=1e-6)
+    assert torch.equal(other.token_mask[:, :T], ready.token_mask[rows]) and not other.token_mask[:, T:].any()
+    first, second = gradient(raw_policy, ready, cfg), gradient(raw_policy, other, cfg)
+    assert (first - second).norm() / first.norm() < 1e-5
+
+
+@pytest.mark.parametrize("mask_per", ["prompt", "rollout"])
+def test_masks_follow_seed_and_position_not_place_in_the_batch(raw_policy, batch, mask_per):
+    _, first = prepared(raw_policy, batch, mask_per=mask_per)
+    rows = slice(8, 12)
+    alone = Batch(batch.rollout.select([2]), batch.examples[2:3], [2], batch.rewards[rows])
+    _, second = prepared(raw_policy, alone, mask_per=mask_per)
+    assert torch.allclose(first.dependency[rows], second.dependency, atol=1e-5)
+    _, other = prepared(raw_policy, batch, mask_per=mask_per, seed=1)
+    assert not torch.allclose(first.dependency, other.dependency, atol=1e-4)
+
+
+def test_first_update_has_ratio_one_and_clips_nothing_later_ones_do(policy):
+    cfg = Config(prompts_per_step=4, group_size=4, updates_per_rollout=1, steps=10, lr=3e-3)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    metrics, position, _ = train_step(policy, optimizer, data.Digits("train"), cfg, 0, 0)
+    assert metrics["clip_fraction"] == 0 and abs(metrics["approx_kl"]) < 1e-4 and position >= 4
+    cfg = replace(cfg, updates_per_rollout=4)
+    metrics, _, _ = train_step(policy, optimizer, data.Digits("train"), cfg, 1, position)
+    assert abs(metrics["approx_kl"]) > 1e-4
+
+
+def test_same_seed_same_step(policy):
+    results = []
+    start = copy.deepcopy(policy.state_dict())
+    for seed in (0, 0, 1):
+        policy.load_state_dict(start)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+        metrics, _, _ = train_step(policy, optimizer, data.Digits("train"), Config(prompts_per_step=4, group_size=4, seed=seed), 0, 0)
+        weights = torch.cat([p.detach().flatten() for p in policy.parameters()])
+        results.append(({k: v for k, v in metrics.items() if "seconds" not in k}, weights))
+    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+    assert not torch.equal(results[0][1], results[2][1])
+
+
+def test_dynamic_sampling_replaces_groups_without_signal(raw_policy, monkeypatch):
+    cfg = Config(prompts_per_step=4, group_size=2, max_rounds=3, max_new_tokens=4)
+    numbers = iter(range(10**6))
+    # Every third group gets a signal: rewards 0, 1; the others 0, 0.
+    monkeypatch.setattr(vppo.reward, "grade", lambda *_: float(next(numbers) % 6 == 1))
+    batch, position, metrics = vppo.collect(raw_policy, data.Digits("train"), cfg, 0)
+    # round 1 asks 4 prompts (groups 0..3: 0 and 3 have signal), round 2 two (6 is the next with signal), round 3 two
+    assert position == metrics["prompts_sampled"] == 4 + 2 + 2
+    assert batch.positions == [0, 3, 6] and batch.rewards.tolist() == [0, 1] * 3
+    assert metrics["no_signal"] == 5 / 8 and metrics["reward"] == 2 / 8
+
+
+def test_no_signal_at_all_skips_the_update(raw_policy, monkeypatch):
+    monkeypatch.setattr(vppo.reward, "grade", lambda *_: 0.0)
+    before = [p.detach().clone() for p in raw_policy.parameters()]
+    optimizer = torch.optim.AdamW(raw_policy.parameters(), lr=1e-2)
+    cfg = Config(prompts_per_step=2, group_size=2, max_new_tokens=4)
+    metrics, position, batch = train_step(raw_policy, optimizer, data.Digits("train"), cfg, 0, 0)
+    assert batch is None and metrics["skipped"] == 1 and position == 6
+    assert all(torch.equal(a, b) for a, b in zip(before, raw_policy.parameters()))
+
+
+@pytest.mark.parametrize(
+    "field, value, word",
+    [
+        ("method", "ppo", "ppo"), ("mask", "invert", "invert"), ("metric", "tv", "tv"), ("k", 0.0, "k must"), ("k", 1.1, "k must"),
+        ("group_size", 1, "group_size"), ("beta_max", 0.5, "beta_min"), ("beta_min", 1.2, "beta_min"), ("temperature", 0.0, "temperature"),
+        ("top_p", 0.0, "top_p"), ("steps", -1, "steps"), ("grader", "vibes", "vibes"), ("updates_per_rollout", 17, "updates_per_rollout"),
+        ("tokens_per_batch", 0, "tokens_per_batch"), ("lr_schedule", "cosine", "cosine"),
+    ],
+)  # fmt: skip
+def test_config_errors_name_the_flag(field, value, word):
+    with pytest.raises(ValueError, match=word) as error:
+        check(replace(Config(), **{field: value}))
+    assert "\n" not in str(error.value)
+
+
+def test_long_prompt_is_an_error_that_names_its_row(raw_policy):
+    with pytest.raises(ValueError, match=r"digits val\[0\].*max_prompt_tokens 5"):
+        vppo.encode_checked(raw_policy, data.Digits("val")[0], Config(max_prompt_tokens=5))
