@@ -1,6 +1,7 @@
 """The digits task (pools, answers, pictures, wordings) and data from files: what loads, and how each bad row is named."""
 
 import json
+import sys
 from collections import Counter
 
 import numpy as np
@@ -318,7 +319,7 @@ def test_a_picture_that_does_not_open_is_named_when_it_is_needed(tmp_path):
         with pytest.raises(ValueError, match=rf"metadata\.jsonl, line {i + 1}: .*{name}.* does not open") as error:
             dataset[i]
         assert "\n" not in str(error.value)
-    for length in [*range(1, 80, 3), len(whole) - 20]:
+    for length in [*range(1, 80, 3), len(whole) - 100]:
         (folder / "cut.png").write_bytes(whole[:length])
         with pytest.raises(ValueError, match="line 3"):
             dataset[2]
@@ -337,18 +338,16 @@ def test_empty_folders(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Names and splits
 # ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["digit", "./missing", "/missing/folder", "a/b/c", ""])
+@pytest.mark.parametrize("name", ["digit", "./missing", "/missing/folder", "a/b/c"])
 def test_unknown_data(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if name == "":
-        pytest.skip("an empty name is the working directory")
     with pytest.raises(ValueError, match="unknown"):
         load_data(name)
 
 
 def test_the_hub_needs_a_package(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match="pip install datasets"):
         load_data("owner/name")
 
