@@ -74,13 +74,13 @@ class Digits:
     processes agree without talking. Training is endless; validation and test have `len` examples.
     """
 
-    def __init__(self, split="train", length=None):
+    def __init__(self, split="train"):
         if split not in POOLS:
             raise ValueError(f"digits has no split '{split}': choose one of {', '.join(POOLS)}")
         with np.load(ASSET) as file:
             mine = np.isin(np.arange(len(file["labels"])) % 9, POOLS[split])
             self.images, self.labels = file["images"][mine], file["labels"][mine]
-        self.split, self.length = split, length or (2**31 if split == "train" else 512)
+        self.split, self.length = split, 2**31 if split == "train" else 512
 
     def __len__(self):
         return self.length
@@ -198,7 +198,7 @@ class Folder:
         if not self.file.exists():
             raise ValueError(f"data folder '{folder}' has no metadata.jsonl: one JSON object a line with file_name, problem, answer")
         self.rows = []
-        for number, line in enumerate(self.file.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(self.file.read_bytes().split(b"\n"), 1):
             if line.strip():
                 self.rows.append(self.check(line, f"{self.file}, line {number}"))
         if not self.rows:
@@ -207,15 +207,18 @@ class Folder:
     def check(self, line, name):
         """One line of metadata.jsonl -> (name, image paths, problem, answer)."""
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name}: not JSON ({error.msg})") from error
+            row = json.loads(line.decode("utf-8-sig"))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{name}: not JSON in UTF-8 ({str(error).splitlines()[0]})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{name}: not a JSON object with file_name, problem, answer")
         files = row.get("file_names") or [row.get("file_name")]
-        if not files[0]:
-            raise ValueError(f"{name}: no image: set file_name or file_names (found {', '.join(row)})")
+        if not isinstance(files, list) or not all(isinstance(file, str) and file for file in files):
+            raise ValueError(f"{name}: no image: set file_name to a path or file_names to a list of paths (found {', '.join(row)})")
         for key in ("problem", "answer"):
-            if str(row.get(key) if row.get(key) is not None else "").strip() == "":
-                raise ValueError(f"{name}: no {key} (found {', '.join(row)})")
+            value = row.get(key)
+            if not isinstance(value, (str, int, float)) or not str(value).strip():
+                raise ValueError(f"{name}: no {key}, which must be a text or a number (found {', '.join(row)})")
         for file in files:
             if not (self.folder / file).is_file():
                 raise ValueError(f"{name}: image '{file}' does not exist in {self.folder}")
@@ -264,22 +267,28 @@ def join_prompt(problem, instruction):
 
 
 def open_image(source, name):
-    """A file or PIL image -> upright RGB image; ValueError naming the row if it does not open."""
+    """A file or PIL image -> upright RGB image, transparency on white; ValueError naming the row if it does not open."""
     try:
-        image = Image.open(source) if isinstance(source, (str, Path)) else source
-        return ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(source) if isinstance(source, (str, Path)) else source)
+        if image.mode.startswith("I"):  # 16 and 32 bits a pixel: scale to 8, which convert would clip to white
+            pixels = np.asarray(image, np.float32)
+            image = Image.fromarray((pixels * (255 / max(pixels.max(), 1))).clip(0, 255).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: image '{getattr(source, 'name', source)}' does not open ({error})") from error
 
 
-def load_data(name, split="train", instruction=INSTRUCTION, length=None):
+def load_data(name, split="train", instruction=INSTRUCTION):
     """A sequence of Examples: 'digits', a folder (its sub-folder `split` if there is one), or a hub id.
 
     Returns None where a folder has no such split and is not asked for "train": there is nothing to evaluate on. Raises
     ValueError or ImportError with one sentence otherwise.
     """
     if name == "digits":
-        return Digits(split, length)
+        return Digits(split)
     folder = Path(name)
     if folder.is_dir():
         if (folder / split).is_dir():

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser
 
 import distributed
 import reward
@@ -22,7 +21,7 @@ import tiny
 from data import INSTRUCTION, load_data
 from model import Policy, load
 from rollout import generate
-from vppo import encode_checked, option
+from vppo import command_line, encode_checked, option
 
 
 @dataclass
@@ -47,9 +46,12 @@ class EvalConfig:
 
 
 def interval(per_prompt):
-    """(mean, half width of its 95 % interval) over prompts: 1.96 standard errors, the prompt being the unit of evidence."""
+    """(mean, half width of its 95 % interval) over prompts: 1.96 standard errors, the prompt being the unit of evidence.
+
+    The half width of a single prompt is None: one prompt says nothing about others.
+    """
     n = len(per_prompt)
-    return per_prompt.mean().item(), (1.96 * per_prompt.std().item() / n**0.5 if n > 1 else float("nan"))
+    return per_prompt.mean().item(), (1.96 * per_prompt.std().item() / n**0.5 if n > 1 else None)
 
 
 def evaluate(policy, dataset, cfg, prompts, samples, seed=0, progress="evaluation"):
@@ -82,19 +84,21 @@ def evaluate(policy, dataset, cfg, prompts, samples, seed=0, progress="evaluatio
 
 def describe(scores, samples):
     """The scores as one line of text."""
-    return (f"avg@{samples} {scores['avg']:.3f} +- {scores['avg_ci']:.3f}   "
-            f"pass@{samples} {scores['pass']:.3f} +- {scores['pass_ci']:.3f}")  # fmt: skip
+    width = {key: "?" if scores[key] is None else f"{scores[key]:.3f}" for key in ("avg_ci", "pass_ci")}
+    return f"avg@{samples} {scores['avg']:.3f} +- {width['avg_ci']}   pass@{samples} {scores['pass']:.3f} +- {width['pass_ci']}"
 
 
 def main(argv=None):
     """The command line."""
-    (cfg,) = HfArgumentParser(EvalConfig, description=__doc__.split("\n\n")[0]).parse_args_into_dataclasses(argv)
+    cfg = EvalConfig(**vars(command_line(EvalConfig, __doc__).parse_args(argv)))
     reward.check_grader(cfg.grader)
-    if cfg.samples < 1 or cfg.prompts < 0:
-        raise ValueError("--samples must be at least 1 and --prompts not negative")
+    if cfg.samples < 1 or cfg.prompts < 0 or cfg.max_new_tokens < 1 or cfg.temperature <= 0 or not 0 < cfg.top_p <= 1:
+        raise ValueError("--samples and --max_new_tokens must be at least 1, --prompts not negative, --temperature positive, --top_p in (0, 1]")
     dataset = load_data(cfg.data, cfg.split, cfg.instruction)
-    if dataset is None:  # a folder without splits is evaluated whole
+    if dataset is None and (Path(cfg.data) / "metadata.jsonl").exists():  # a folder without splits is evaluated whole
         dataset = load_data(cfg.data, "train", cfg.instruction)
+    if dataset is None:
+        raise ValueError(f"--data {cfg.data} has no '{cfg.split}' folder: name another with --split")
     folder = tiny.ensure()[0] if cfg.model == "tiny" else cfg.model
     policy = Policy(*load(folder, device="cuda" if torch.cuda.is_available() else "cpu"), cfg.temperature)
     base = Path(cfg.model) if Path(cfg.model).is_dir() else Path("runs")

@@ -33,7 +33,7 @@ from model import Policy, encode, image_text_processor, save
 
 RECIPE = dict(
     layers=4, width=128, vision_layers=3, vision_width=96, rope_theta=10.0, embedding_std=0.5, seed=0,
-    scenes=4000, batch=32, lr=2e-3, drill_steps=160, clean_steps=460, noisy_steps=80, guess=0.36, misread=0.40,
+    scenes=4000, batch=32, lr=2e-3, drill_steps=160, clean_steps=480, noisy_steps=80, guess=0.55, misread=0.32,
 )  # fmt: skip
 
 SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|> <unk>".split()
@@ -169,6 +169,7 @@ def ensure(root="runs", progress=True):
     if folder.exists():
         return str(folder), 0.0
     start = time.time()
+    print("warming up the tiny model: supervised learning for a minute or two, once; the result is kept", flush=True)
     processor = build_processor()
     policy = Policy(build_model(processor, **RECIPE), processor)
     warm_up(policy, RECIPE, progress)

@@ -8,7 +8,6 @@ A run writes config.json, metrics.jsonl (one object a step), samples.jsonl, chec
 summary.json with held-out accuracy before and after.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -20,13 +19,12 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 import tiny
 from data import load_data
 from eval import describe, evaluate
 from model import Policy, load, save
-from vppo import Config, check, train_step
+from vppo import Config, check, command_line, train_step
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,7 +32,7 @@ from vppo import Config, check, train_step
 # ---------------------------------------------------------------------------------------------------------------------
 def parse(argv=None):
     """Command line -> Config. `--config FILE.json` gives values that other flags override. ValueError in one sentence."""
-    parser = HfArgumentParser(Config, description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = command_line(Config, __doc__)
     parser.add_argument("--config", help="JSON file with any of these fields; flags override it")
     known = {field.name for field in dataclasses.fields(Config)}
     early, _ = parser.parse_known_args(argv)
@@ -43,10 +41,14 @@ def parse(argv=None):
             values = json.loads(Path(early.config).read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"--config {early.config} cannot be read: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"--config {early.config} must hold one JSON object of fields")
         unknown = set(values) - known
         if unknown:
             raise ValueError(f"--config {early.config} has unknown fields: {', '.join(sorted(unknown))}")
-        parser.set_defaults(**values)
+        # As words of the command line, put before the real ones, the values are checked like flags.
+        words = [[f"--{name}", json.dumps(value) if not isinstance(value, str) else value] for name, value in values.items() if value is not None]
+        argv = sum(words, []) + (sys.argv[1:] if argv is None else list(argv))
     namespace = vars(parser.parse_args(argv))
     cfg = Config(**{name: namespace[name] for name in known})
     check(cfg)
@@ -56,17 +58,11 @@ def parse(argv=None):
 def output_folder(cfg):
     """The run's folder: --output, which must not hold another run, or runs/METHOD-DATA-SEED with the next free number."""
     if cfg.output:
-        folder = Path(cfg.output)
-        if (folder / "config.json").exists():
-            raise ValueError(f"--output {folder} already holds a run's config.json: choose another folder")
-    else:
-        base = f"runs/{cfg.method}-{Path(cfg.data).name}-{cfg.seed}"
-        folder = next(Path(base + end) for end in ["", *(f"-{n}" for n in range(2, 10_000))] if not Path(base + end).exists())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output {folder} cannot be made: {error.strerror}") from error
-    return folder
+        if (Path(cfg.output) / "config.json").exists():
+            raise ValueError(f"--output {cfg.output} already holds a run's config.json: choose another folder")
+        return Path(cfg.output)
+    base = f"runs/{cfg.method}-{Path(cfg.data).name}-{cfg.seed}"
+    return next(Path(base + end) for end in ["", *(f"-{n}" for n in range(2, 10_000))] if not Path(base + end).exists())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,6 +120,10 @@ def main(argv=None):
     policy = Policy(*load(model_folder, cfg.dtype, device), cfg.temperature, cfg.share_prompt).train()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
 
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {folder} cannot be made: {error.strerror}") from error
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
     size = sum(p.numel() for p in policy.parameters()) / 1e6
     responses = cfg.prompts_per_step * cfg.group_size

@@ -8,10 +8,12 @@
 The other methods are this one with parts switched off (METHODS). Read dependency.py and loss.py next.
 """
 
+import argparse
 import time
 from dataclasses import dataclass, field
 
 import torch
+from transformers import HfArgumentParser
 
 import dependency
 import distributed
@@ -35,6 +37,17 @@ METHODS = {
 def option(default, help):
     """A Config field with the help text that `--help` shows."""
     return field(default=default, metadata={"help": help})
+
+
+def command_line(config, description):
+    """An argument parser with a flag per field of a config dataclass; a bad flag is a ValueError of one sentence."""
+    parser = HfArgumentParser(config, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def fail(message):
+        raise ValueError(f"{message} (--help lists all flags)")
+
+    parser.error = fail
+    return parser
 
 
 @dataclass
