@@ -5,9 +5,9 @@ warm-up stands in for pre-training: supervised learning in three parts.
     1. drill: the digits, the computation, the answer, and further computations, without phrasing. The model learns to see,
        to compute and what the question asks for.
     2. clean: whole responses in many wordings, readings right; a quarter of the batch stays drill. The model learns to phrase.
-    3. noisy: some readings are replaced at random, the arithmetic after them stays right. The model still knows but is
-       unsure, so its samples differ and RL has something to choose from.
-In parts 2 and 3 a share of the responses answers without looking (lucky guesses, paper Insight 2).
+    3. noisy: half of the responses answer without looking (the lucky guesses of the paper's Insight 2), and some readings are
+       replaced at random, the arithmetic after them staying right. The model still knows but is unsure, so its samples
+       differ and RL has something to choose from.
 
 The result is kept under runs/tiny-HASH, where HASH names this file's recipe, data.py and the library versions.
 """
@@ -33,7 +33,7 @@ from model import Policy, encode, image_text_processor, save
 
 RECIPE = dict(
     layers=4, width=128, vision_layers=3, vision_width=96, rope_theta=10.0, embedding_std=0.5, seed=0,
-    scenes=4000, batch=32, lr=2e-3, drill_steps=160, clean_steps=480, noisy_steps=80, guess=0.55, misread=0.32,
+    scenes=4000, batch=32, lr=2e-3, drill_steps=160, clean_steps=480, noisy_steps=80, clean_guess=0.1, guess=0.5, misread=0.32,
 )  # fmt: skip
 
 SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|> <unk>".split()
@@ -129,14 +129,14 @@ def warm_up(policy, recipe, progress=True):
     bar = tqdm(range(total), "warm-up", disable=show)
     for step in bar:
         drill_every = 1 if step < clean_from else 4 if step < noisy_from else total  # clean batches keep a quarter of drills
-        misread = recipe["misread"] if step >= noisy_from else 0.0
+        guess, misread = (recipe["guess"], recipe["misread"]) if step >= noisy_from else (recipe["clean_guess"], 0.0)
         copies = 1 if step < clean_from else 4  # responses to a scene; they share the work of its prompt
         batch, texts = [], []
         for i, row in enumerate(rng.choice(len(examples), recipe["batch"] // copies, replace=False)):
             drill = (i + 1) % drill_every == 0
             batch.append(prompts[row])
             for _ in range(copies):
-                text = data.write_drill(examples[row], rng) if drill else data.write_response(examples[row], rng, recipe["guess"], misread)
+                text = data.write_drill(examples[row], rng) if drill else data.write_response(examples[row], rng, guess, misread)
                 texts.append(text + "<|im_end|>")
         encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         mask = encoded.attention_mask.bool()
