@@ -108,9 +108,8 @@ def build_model(processor, layers, width, vision_layers, vision_width, rope_thet
 def warm_up(policy, recipe, progress=True):
     """Supervised learning on freshly worded responses to a fixed pool of training scenes: cross-entropy on response tokens.
 
-    In the first two parts three sorts of token weigh the same: read from the image, computed, phrasing. Plain averaging
-    would let the few hard ones drown among phrasing that is easier to improve on; the model would stay blind for many
-    hundreds of steps. The last part averages plainly, so that the shares of guesses and misreadings come out as written.
+    Three sorts of token weigh the same: read from the image, computed, phrasing. Plain averaging would let the few hard
+    ones drown among phrasing that is easier to improve on; the model would stay blind for many hundreds of steps.
     The learning rate is constant for the first half, then falls linearly to 0.
     """
     rng = np.random.default_rng(recipe["seed"])
@@ -142,10 +141,7 @@ def warm_up(policy, recipe, progress=True):
         mask = encoded.attention_mask.bool()
         logprobs, _ = policy(batch, encoded.input_ids, mask, mask)
         sorts = sort[encoded.input_ids].masked_fill(~mask, -1)
-        if step < noisy_from:
-            loss = -sum(logprobs[sorts == number].mean() for number in range(3))
-        else:
-            loss = -logprobs[mask].mean()
+        loss = -sum(logprobs[sorts == number].mean() for number in range(3))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

@@ -82,7 +82,7 @@ class Config:
     beta_max: float | None = option(None, "largest shaping factor; default dynamic, mean alpha = 1")  # Table 9
     soft: bool = option(False, "soft token weights instead of a binary mask")  # Appendix I, Table 6
     # Phase 4: update
-    updates_per_rollout: int = option(4, "optimizer steps per rollout batch")  # Table 9: 3
+    updates_per_rollout: int = option(2, "optimizer steps per rollout batch")  # Table 9: 3
     lr: float = option(3e-4, "AdamW learning rate")  # ours for 1.6 M weights; Table 9: 1e-6
     lr_schedule: str = option("linear", "linear (to 0) or constant")  # ours; Table 9: constant
     weight_decay: float = option(0.01, "AdamW weight decay")  # Table 9
