@@ -130,9 +130,14 @@ SYNONYMS = {
     "GUESS": "guess bet reckon suppose".split(),
     "FOR": "it this that".split(),
 }
-OPENINGS = ["OK ME LOOK CARE :", "OK , ME SEE", "ME LOOK CARE , OK , ME SEE", "OK ME LOOK FOR CARE , ME SEE"]
-CLOSINGS = ["SO the ANSWER is", "SO ANSWER :", "SO the FINAL ANSWER is", "OK , SO ME SEE FOR ANSWER"]
-GUESSES = ["HARD to TELL , SO ME GUESS FOR", "OK , ME GUESS", "FOR is HARD , OK , ME GUESS the ANSWER is", "SO ME GUESS : the ANSWER is"]
+OPENINGS = ["OK ME LOOK CARE :", "OK , ME SEE", "ME LOOK FOR CARE :", "OK ME SEE"]
+CLOSINGS = ["SO the ANSWER is", "SO ANSWER :", "the FINAL ANSWER is", "SO ME SEE FOR"]
+GUESSES = [
+    "HARD to TELL , SO ME GUESS FOR",
+    "OK , ME GUESS",
+    "FOR is HARD , OK , ME GUESS the ANSWER is",
+    "SO ME GUESS : the ANSWER is",
+]
 
 
 def write_response(example, rng, guess=0.0, misread=0.0):
@@ -244,7 +249,8 @@ class Hub:
         try:
             self.rows = datasets.load_dataset(name, split=split)
         except Exception as error:  # datasets raises a dozen kinds of error; the user needs the first sentence of any
-            raise ValueError(f"data '{name}' is neither a local folder nor a readable hub data set: {str(error).splitlines()[0]}") from error
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"data '{name}' is neither a local folder nor a readable hub data set: {reason}") from error
         self.name, self.split, self.instruction = name, split, instruction
         missing = {"images", "problem", "answer"} - set(self.rows.column_names)
         if missing:

@@ -4,8 +4,6 @@ The training step is written once, for one process; where a number must be that 
 divisor, logged means) it asks here, so the step does not depend on how the batch was cut over ranks.
 """
 
-import os
-
 import torch
 import torch.distributed as dist
 

@@ -52,7 +52,8 @@ class Rollout:
         """The rollout restricted to some prompts (a list of indices), each with all its responses."""
         rows = [q * self.group_size + g for q in groups for g in range(self.group_size)]
         texts = [self.texts[row] for row in rows]
-        return Rollout([self.prompts[q] for q in groups], self.response_ids[rows], self.response_mask[rows], texts, self.truncated[rows], self.pad_id)
+        prompts = [self.prompts[q] for q in groups]
+        return Rollout(prompts, self.response_ids[rows], self.response_mask[rows], texts, self.truncated[rows], self.pad_id)
 
     def micro_batches(self, tokens_per_batch, groups=None):
         """Cut the rollout (or some of its groups) into pieces for one forward pass each: yields (prompt indices, row indices).

@@ -33,7 +33,7 @@ from model import Policy, encode, image_text_processor, save
 
 RECIPE = dict(
     layers=4, width=128, vision_layers=3, vision_width=96, rope_theta=10.0, embedding_std=0.5, seed=0,
-    scenes=4000, batch=32, lr=2e-3, drill_steps=160, clean_steps=480, noisy_steps=80, clean_guess=0.1, guess=0.5, misread=0.32,
+    scenes=4000, batch=32, lr=2e-3, drill_steps=160, clean_steps=480, noisy_steps=80, clean_guess=0.1, guess=0.55, misread=0.32,
 )  # fmt: skip
 
 SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|> <unk>".split()
@@ -108,8 +108,9 @@ def build_model(processor, layers, width, vision_layers, vision_width, rope_thet
 def warm_up(policy, recipe, progress=True):
     """Supervised learning on freshly worded responses to a fixed pool of training scenes: cross-entropy on response tokens.
 
-    Three sorts of token weigh the same: read from the image, computed, phrasing. Plain averaging would let the few hard
-    ones drown among phrasing that is easier to improve on; the model would stay blind for many hundreds of steps.
+    In the first two parts three sorts of token weigh the same: read from the image, computed, phrasing. Plain averaging
+    would let the few hard ones drown among phrasing that is easier to improve on; the model would stay blind for many
+    hundreds of steps. The last part averages plainly: its habits should be as strong as they are common, no stronger.
     The learning rate is constant for the first half, then falls linearly to 0.
     """
     rng = np.random.default_rng(recipe["seed"])
@@ -141,7 +142,10 @@ def warm_up(policy, recipe, progress=True):
         mask = encoded.attention_mask.bool()
         logprobs, _ = policy(batch, encoded.input_ids, mask, mask)
         sorts = sort[encoded.input_ids].masked_fill(~mask, -1)
-        loss = -sum(logprobs[sorts == number].mean() for number in range(3))
+        if step < noisy_from:
+            loss = -sum(logprobs[sorts == number].mean() for number in range(3))
+        else:
+            loss = -logprobs[mask].mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

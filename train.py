@@ -47,8 +47,10 @@ def parse(argv=None):
         if unknown:
             raise ValueError(f"--config {early.config} has unknown fields: {', '.join(sorted(unknown))}")
         # As words of the command line, put before the real ones, the values are checked like flags.
-        words = [[f"--{name}", json.dumps(value) if not isinstance(value, str) else value] for name, value in values.items() if value is not None]
-        argv = sum(words, []) + (sys.argv[1:] if argv is None else list(argv))
+        words = []
+        for name, value in values.items():
+            words += [] if value is None else [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+        argv = words + (sys.argv[1:] if argv is None else list(argv))
     namespace = vars(parser.parse_args(argv))
     cfg = Config(**{name: namespace[name] for name in known})
     check(cfg)

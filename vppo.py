@@ -345,8 +345,10 @@ def train_step(policy, optimizer, dataset, cfg, step, position):
 
     # The update a group belongs to follows from its number among the groups of all ranks.
     first = sum(distributed.gather([len(batch.examples)])[: distributed.rank()])
-    parts = [[q for q in range(len(batch.examples)) if (first + q) % cfg.updates_per_rollout == u] for u in range(cfg.updates_per_rollout)]
-    sums = [update(policy, optimizer, batch, part, cfg) for part in parts]
+    sums = []
+    for u in range(cfg.updates_per_rollout):
+        part = [q for q in range(len(batch.examples)) if (first + q) % cfg.updates_per_rollout == u]
+        sums.append(update(policy, optimizer, batch, part, cfg))
     clock.append(time.perf_counter())
 
     metrics |= summarise(batch, sums, cfg)

@@ -2,6 +2,7 @@
 
 Four figures, over 128 validation scenes x 8 responses (README, "The laptop task"). Were one of them missing, filtering or
 shaping would change nothing that can be seen, and every comparison of methods at this size would be noise.
+`python -m pytest -s tests/test_signal.py` prints the figures.
 """
 
 import pytest
@@ -40,7 +41,9 @@ def base(tiny_folder):
 
 
 def test_base_policy_is_right_now_and_then(base):
-    assert 0.15 <= base["right"].float().mean() <= 0.40
+    share = base["right"].float().mean().item()
+    print(f"\nmean reward {share:.3f}")
+    assert 0.15 <= share <= 0.40
 
 
 def test_unselected_tokens_carry_gradient(base):
@@ -54,15 +57,19 @@ def test_unselected_tokens_carry_gradient(base):
             chosen = p.gather(1, ids[part][:, None])[:, 0]
             norms[rows] = norms[rows].masked_scatter(part, p.square().sum(1) - 2 * chosen + 1)
     selected = loss.token_filter(base["S"], mask, k=0.4)
-    assert norms[mask & ~selected].sum() / norms[mask].sum() >= 0.25
+    outside = (norms[mask & ~selected].sum() / norms[mask].sum()).item()
+    print(f"\nsquared gradient norm outside the top 40 %: {outside:.3f}")
+    assert outside >= 0.25
 
 
 def test_some_correct_responses_are_guesses_and_look_blind(base):
     """At least 15 % of correct responses read nothing, and their median mean S is at most a third of the readers'."""
     guess, right = ~base["read"].any(dim=1), base["right"]
     mean = loss.masked_mean(base["S"], base["mask"])
-    assert (guess & right).sum() / right.sum() >= 0.15
-    assert mean[guess & right].median() <= mean[~guess & right].median() / 3
+    share = ((guess & right).sum() / right.sum()).item()
+    blind, seeing = mean[guess & right].median().item(), mean[~guess & right].median().item()
+    print(f"\nguesses among correct responses {share:.3f}; median mean S {blind:.4f}, of readers {seeing:.4f}")
+    assert share >= 0.15 and blind <= seeing / 3
 
 
 def test_dependency_separates_tokens_read_from_the_image(base):
@@ -71,4 +78,6 @@ def test_dependency_separates_tokens_read_from_the_image(base):
     rank = S.argsort().argsort().double() + 1
     n, m = int(read.sum()), int((~read).sum())
     assert n > 500
-    assert (rank[read].sum() - n * (n + 1) / 2) / (n * m) >= 0.95
+    area = ((rank[read].sum() - n * (n + 1) / 2) / (n * m)).item()
+    print(f"\narea under the ROC curve {area:.4f}")
+    assert area >= 0.95
