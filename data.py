@@ -130,8 +130,8 @@ SYNONYMS = {
     "GUESS": "guess bet reckon suppose".split(),
     "FOR": "it this that".split(),
 }
-OPENINGS = ["OK ME LOOK CARE :", "OK , ME SEE", "ME LOOK FOR CARE :", "OK ME SEE"]
-CLOSINGS = ["SO the ANSWER is", "SO ANSWER :", "the FINAL ANSWER is", "SO ME SEE FOR"]
+OPENINGS = ["OK ME LOOK CARE :", "OK , ME SEE", "ME LOOK CARE , OK , ME SEE", "OK ME LOOK FOR CARE , ME SEE"]
+CLOSINGS = ["SO the ANSWER is", "SO ANSWER :", "SO the FINAL ANSWER is", "OK , SO ME SEE FOR ANSWER"]
 GUESSES = [
     "HARD to TELL , SO ME GUESS FOR",
     "OK , ME GUESS",
