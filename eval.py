@@ -93,8 +93,8 @@ def main(argv=None):
     cfg = EvalConfig(**vars(command_line(EvalConfig, __doc__).parse_args(argv)))
     reward.check_grader(cfg.grader)
     if cfg.samples < 1 or cfg.prompts < 0 or cfg.max_new_tokens < 1 or cfg.temperature <= 0 or not 0 < cfg.top_p <= 1:
-        wanted = "--samples and --max_new_tokens at least 1, --prompts not negative, --temperature positive, --top_p in (0, 1]"
-        raise ValueError(f"a flag is out of range: {wanted}")
+        others = "--prompts not be negative, --temperature be positive and --top_p be in (0, 1]"
+        raise ValueError(f"--samples must be at least 1, --max_new_tokens too, {others}")
     dataset = load_data(cfg.data, cfg.split, cfg.instruction)
     if dataset is None and (Path(cfg.data) / "metadata.jsonl").exists():  # a folder without splits is evaluated whole
         dataset = load_data(cfg.data, "train", cfg.instruction)
