@@ -1,6 +1,6 @@
 """Train a vision-language model with VPPO, or with the methods it is compared to. The whole loop, top to bottom.
 
-    python train.py                                 a tiny Qwen2.5-VL gets better at reading handwriting, 5 minutes on 2 cores
+    python train.py                                 a tiny Qwen2.5-VL gets better at reading handwriting, about 5 minutes on 2 cores
     python train.py --method dapo --seed 1          the same with another method
     python train.py --help                          every flag, with its meaning
 
