@@ -224,12 +224,9 @@ class Policy(nn.Module):
     def logits(self, states):
         """(..., H) -> (..., V) float32 logits of the distribution that is sampled: temperature applied, placeholders at -inf."""
         logits = self.model.get_output_embeddings()(states).float()
-        bias = torch.zeros(logits.shape[-1], device=logits.device).index_fill_(0, self.forbidden_index(logits.device), -torch.inf)
+        bias = torch.zeros(logits.shape[-1], device=logits.device)
+        bias[self.forbidden] = -torch.inf
         return torch.add(bias, logits, alpha=1 / self.temperature)
-
-    def forbidden_index(self, device):
-        """The forbidden ids as an index tensor."""
-        return torch.tensor(self.forbidden, dtype=torch.long, device=device)
 
     def forward(self, prompts, response_ids, response_mask, token_mask, with_entropy=False):
         """log pi(o_t | I, s_t) of the sampled tokens, (B, T), at the tokens of `token_mask`, 0 elsewhere; optionally their entropy.
