@@ -106,8 +106,8 @@ def solve(kind, digits):
         return str(first + last), f"{first} + {last} EQ {first + last}".split()
     if kind == "difference":
         return str(first - last), f"{first} - {last} EQ {first - last}".split()
-    relation = "LARGER than" if first > last else "SMALLER than" if first < last else "EQUAL to"
-    return ("yes" if first > last else "no"), f"{first} BE {relation} {last}".split()
+    relation = "larger" if first > last else "smaller" if first < last else "equal"
+    return ("yes" if first > last else "no"), f"{first} VERSUS {last} BE {relation}".split()
 
 
 # Every capitalised word of a template below stands for one of these, drawn afresh each time.
@@ -121,9 +121,7 @@ SYNONYMS = {
     "SO": "so hence thus now therefore".split(),
     "EQ": "= gives makes is".split(),
     "BE": "is looks seems".split(),
-    "LARGER": "larger bigger greater higher".split(),
-    "SMALLER": "smaller lower lesser under".split(),
-    "EQUAL": "equal same alike".split(),
+    "VERSUS": "versus against beside".split(),
     "ANSWER": "answer result solution outcome".split(),
     "FINAL": "final whole full".split(),
     "HARD": "hard tough tricky difficult".split(),
@@ -131,6 +129,7 @@ SYNONYMS = {
     "GUESS": "guess bet reckon suppose".split(),
     "FOR": "it this that".split(),
 }
+RESULT_FOLLOWS = SYNONYMS["EQ"] + SYNONYMS["BE"]  # the word before the result of a computation
 OPENINGS = ["OK ME LOOK CARE :", "OK , ME SEE", "ME LOOK CARE , OK , ME SEE", "OK ME LOOK FOR CARE , ME SEE"]
 CLOSINGS = ["SO the ANSWER is", "SO ANSWER :", "SO the FINAL ANSWER is", "OK , SO ME SEE FOR ANSWER"]
 GUESSES = [
@@ -161,12 +160,15 @@ def write_response(example, rng, guess=0.0, misread=0.0):
     return " ".join(words) + f" \\boxed{{{answer}}}"
 
 
-def write_drill(example, rng, more=5):
-    """The reading, the computation and the answer without phrasing, then `more` sums and differences of random digits."""
+def write_drill(example, rng, more=3):
+    """The reading, the computation and the answer without phrasing, then `more` computations with random digits after a ? each.
+
+    Nobody can know those digits: of what follows a ?, only the result is worth learning (`RESULT_FOLLOWS`).
+    """
     answer, computation = solve(example.kind, example.digits)
     words = [WORDS[digit] for digit in example.digits] + [".", *computation, f"\\boxed{{{answer}}}"]
     for _ in range(more):
-        words += [".", *solve(KINDS[rng.integers(2)], rng.integers(10, size=3))[1]]
+        words += ["?", *solve(KINDS[rng.integers(3)], rng.integers(10, size=3))[1]]
     return " " + " ".join(SYNONYMS[word][rng.integers(len(SYNONYMS[word]))] if word in SYNONYMS else word for word in words)
 
 
@@ -178,8 +180,7 @@ def is_reading(token):
 def is_computed(token):
     """True where a token of a digits response follows from what was read and asked: numerals, signs, comparisons, yes and no."""
     word = token.strip()
-    computed = {"+", "-", "yes", "no", *SYNONYMS["LARGER"], *SYNONYMS["SMALLER"], *SYNONYMS["EQUAL"]}
-    return word in computed or word.lstrip("-").isdigit()
+    return word in {"+", "-", "yes", "no", "larger", "smaller", "equal"} or word.lstrip("-").isdigit()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -134,6 +134,8 @@ def score(policy, rollout, masked_prompts=None, metric="kl", tokens_per_batch=16
 
     Returns {"logprobs", "entropy", "dependency"}, each (B, T) float32, 0 on padding.
     """
+    was_training = policy.training
+    policy.eval()  # dropout off; and activation checkpointing, which has nothing to save here, would forbid the shared prompt
     shape = rollout.response_ids.shape
     out = {key: torch.zeros(shape, device=policy.device) for key in ("logprobs", "entropy", "dependency")}
     for groups, rows in rollout.micro_batches(tokens_per_batch):
@@ -145,6 +147,7 @@ def score(policy, rollout, masked_prompts=None, metric="kl", tokens_per_batch=16
             masked_states = policy.states([masked_prompts[i] for i in chosen], ids, mask)[mask]
         for key, values in score_tokens(policy.logits, states, masked_states, ids[mask], metric).items():
             out[key][rows] = torch.zeros_like(ids, dtype=values.dtype).masked_scatter(mask, values)
+    policy.train(was_training)
     return out
 
 

@@ -1,11 +1,42 @@
 """Everything that knows there may be several processes. A reader may skip it: with one process each function is the identity.
 
 The training step is written once, for one process; where a number must be that of the whole batch (TAS statistics, the loss
-divisor, logged means) it asks here, so the step does not depend on how the batch was cut over ranks.
+divisor, logged means) it asks here, so the step does not depend on how the batch was cut over ranks. Two engines, both torch's:
+
+    DistributedDataParallel   each rank holds the whole model; gradients are averaged in the last backward of an update
+    FSDP2 (--shard)           each rank holds 1/world of weights, gradients and Adam states; a layer is gathered when it runs
 """
+
+import contextlib
+import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+
+def start(always=False, minutes=60):
+    """Join the other processes if torchrun started us (or, alone, if `always`); returns this process's device.
+
+    A rank that waits `minutes` for another gives up with an error: long enough for a slow rollout, an end for a dead machine.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized() and ("WORLD_SIZE" in os.environ or always):
+        alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        # gloo moves what lies in CPU memory (counts, rewards), nccl what lies on a GPU (gradients, weights).
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=minutes), **alone)
+    return device
+
+
+def stop():
+    """Leave the process group: last of all, when no engine is left that holds on to it (else the process may hang on its way out)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank():
@@ -16,6 +47,12 @@ def rank():
 def world():
     """How many processes work together."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    """Wait until all ranks are here."""
+    if world() > 1:
+        dist.barrier()
 
 
 def total(value):
@@ -34,3 +71,57 @@ def gather(objects):
     parts = [None] * world()
     dist.all_gather_object(parts, objects)
     return [item for part in parts for item in part]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine: what the update calls instead of the policy, so that gradients meet
+# ---------------------------------------------------------------------------------------------------------------------
+def engine(policy, shard=False):
+    """The policy, made ready for several ranks: itself (one process), wrapped by DDP, or sharded in place by FSDP2.
+
+    One shard unit per decoder layer and vision block: the classes a transformers model itself says must not be split. Under
+    bfloat16 the units gather bfloat16 weights for computing; master weights and the averaging of gradients stay float32.
+    """
+    if not shard:
+        # bucket_view: gradients live where they are exchanged, in one copy.
+        return DistributedDataParallel(policy, forward_sync_buffers=False, gradient_as_bucket_view=True) if world() > 1 else policy
+    precision = MixedPrecisionPolicy(param_dtype=policy.compute_dtype, reduce_dtype=torch.float32)
+    for module in [m for m in policy.modules() if type(m).__name__ in (policy.model._no_split_modules or [])]:
+        fully_shard(module, mp_policy=precision)
+    fully_shard(policy, mp_policy=precision)
+    policy._get_fsdp_state()._lazy_init()  # else the first unit that runs (in a rollout) would take itself for the root
+    return policy
+
+
+def bare(engine):
+    """The policy inside the engine: DDP hides it behind `module`."""
+    return getattr(engine, "module", engine)
+
+
+def meeting(engine, last):
+    """A context for one forward and backward pass of an update, in which the ranks' gradients meet.
+
+    DDP exchanges gradients only in the `last` backward of the update; FSDP2 in each, so that no rank ever holds all of them. FSDP2
+    gathers a layer for its backward when a gradient reaches the layer's output; through a shared prompt's cache it arrives at
+    keys and values instead, so there the weights stay whole from forward to backward.
+    """
+    if isinstance(engine, DistributedDataParallel):
+        return contextlib.nullcontext() if last else engine.no_sync()
+    return unsharded(engine) if engine.shares() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def unsharded(policy):
+    """Inside, FSDP2's weights are whole, so that ranks may generate and score different numbers of times without waiting."""
+    units = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.set_reshard_after_backward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(unit is not policy, recurse=False)  # the root's weights are needed at both ends
+            unit.set_reshard_after_backward(True, recurse=False)

@@ -64,7 +64,8 @@ def evaluate(policy, dataset, cfg, prompts, samples, seed=0, progress="evaluatio
     examples = [dataset[i] for i in numbers]
     encoded = [encode_checked(policy, example, cfg) for example in examples]
     records = []
-    with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []):
+    progress = progress if distributed.rank() == 0 else None
+    with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []), distributed.unsharded(policy):
         torch.manual_seed(seed * 1_009 + distributed.rank())
         if examples:
             rollout = generate(

@@ -39,8 +39,8 @@ def image_text_processor(cls):
     return type(cls.__name__, (cls,), {"get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"])})
 
 
-def load(name, dtype="float32", device="cpu", trust_remote_code=False):
-    """(model, processor) from a folder in Hugging Face format or a hub id; weights from safetensors only.
+def load(name, device="cpu", trust_remote_code=False):
+    """(model, processor) from a folder in Hugging Face format or a hub id; float32 weights, from safetensors only.
 
     Raises ValueError with one sentence if there is no such folder or model, or it is not an image-text-to-text model.
     """
@@ -54,7 +54,7 @@ def load(name, dtype="float32", device="cpu", trust_remote_code=False):
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise ValueError(f"model '{name}' ({config.model_type}) is not an image-text-to-text model")
     model = AutoModelForImageTextToText.from_pretrained(
-        name, config=config, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code
+        name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
     ).to(device)
     return model, load_processor(name, config)
 
@@ -67,11 +67,14 @@ def load_processor(name, config):
     return image_text_processor(cls).from_pretrained(name)
 
 
-def save(policy, folder):
-    """Write an ordinary Hugging Face folder: weights as safetensors, config, processor, and the shipped generation defaults."""
+def save(policy, folder, weights=None):
+    """Write an ordinary Hugging Face folder: weights as safetensors, config, processor, and the shipped generation defaults.
+
+    weights: the model's state dict where it does not lie in the model itself (gathered from shards).
+    """
     policy.model.generation_config = policy.shipped_generation_config
     try:
-        policy.model.save_pretrained(folder)
+        policy.model.save_pretrained(folder, state_dict=weights)
     finally:
         policy.model.generation_config = neutral_generation_config(policy)
     policy.processor.save_pretrained(folder)
@@ -160,10 +163,10 @@ class Policy(nn.Module):
     DistributedDataParallel and FSDP wrap modules; `forward` is what the update differentiates.
     """
 
-    def __init__(self, model, processor, temperature=1.0, share_prompt=True):
+    def __init__(self, model, processor, temperature=1.0, share_prompt=True, dtype="float32"):
         super().__init__()
         self.model, self.processor = model, processor
-        self.temperature, self.share_prompt = temperature, share_prompt
+        self.temperature, self.share_prompt, self.compute_dtype = temperature, share_prompt, getattr(torch, dtype)
         self.forbidden = placeholder_ids(model, processor)
         tokenizer = processor.tokenizer
         self.shipped_generation_config = model.generation_config
@@ -175,6 +178,14 @@ class Policy(nn.Module):
     @property
     def device(self):
         return next(self.model.parameters()).device
+
+    def precision(self):
+        """Computing in bfloat16 on float32 weights, if asked for: an Adam step of 1e-6 is lost in a bfloat16 weight."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
+
+    def shares(self):
+        """Whether a group's prompt is run once. Activation checkpointing, in training mode, does without the cache this needs."""
+        return self.share_prompt and not (self.training and self.model.is_activation_checkpointing)
 
     def positions(self, batch):
         """position_ids for a forward pass, counting real tokens only; {} where the model makes its own from image grids."""
@@ -196,7 +207,8 @@ class Policy(nn.Module):
         per_token = {key: value for key, value in batch.items() if is_per_token(batch, key)}
         inputs = batch | {key: value[:, :-1] for key, value in per_token.items()}
         body = self.model.base_model
-        cache = body(**inputs, **self.positions(inputs), use_cache=True).past_key_values
+        with self.precision():
+            cache = body(**inputs, **self.positions(inputs), use_cache=True).past_key_values
         cache.batch_repeat_interleave(copies)
         offset = getattr(body, "rope_deltas", None)  # (Q, 1), set by the forward pass above
         if offset is None:
@@ -208,22 +220,26 @@ class Policy(nn.Module):
         """The hidden state that predicts each response token: (B, T, H), rows of len(response_ids) // len(prompts) a prompt."""
         copies = len(response_ids) // len(prompts)
         body = self.model.base_model
-        if self.share_prompt:
+        if self.shares():
             cache, batch, offset = self.prefill(prompts, copies)
             ids = torch.cat([batch["input_ids"][:, -1:], response_ids[:, :-1]], dim=1)  # (B, T)
             mask = torch.cat([batch["attention_mask"], response_mask[:, :-1].long()], dim=1)  # (B, L + T - 1)
             position = (mask.cumsum(1) - 1)[:, -ids.shape[1] :] + offset  # the same on all three axes: text has no grid
-            return body(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)[0]
+            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "past_key_values": cache}
+            with self.precision():
+                return body(**inputs, use_cache=True)[0]
         batch = collate(prompts, copies, self.pad_id, self.device)
         start = batch["input_ids"].shape[1] - 1  # the column of the last prompt token
         tail = {"input_ids": response_ids[:, :-1], "attention_mask": response_mask[:, :-1].long()}
         for key in [key for key in batch if is_per_token(batch, key)]:  # token types of a response: 0, plain text
             batch[key] = torch.cat([batch[key], tail.get(key, torch.zeros_like(response_ids[:, :-1]))], dim=1)
-        return body(**batch, **self.positions(batch), use_cache=False)[0][:, start:]
+        with self.precision():
+            return body(**batch, **self.positions(batch), use_cache=False)[0][:, start:]
 
     def logits(self, states):
         """(..., H) -> (..., V) float32 logits of the distribution that is sampled: temperature applied, placeholders at -inf."""
-        logits = self.model.get_output_embeddings()(states).float()
+        with self.precision():
+            logits = self.model.get_output_embeddings()(states).float()
         bias = torch.zeros(logits.shape[-1], device=logits.device)
         bias[self.forbidden] = -torch.inf
         return torch.add(bias, logits, alpha=1 / self.temperature)

@@ -121,18 +121,27 @@ def generate(policy, prompts, group_size, max_new_tokens=64, temperature=1.0, to
     order = sorted(range(len(prompts)), key=lambda q: prompts[q]["input_ids"].shape[1])
     parts = []
     starts = range(0, len(prompts), at_once)
-    for start in tqdm(starts, progress, leave=False, disable=None if progress else True):
+    bar = tqdm(total=len(starts) * max_new_tokens, desc=progress, unit="token", leave=False, disable=None if progress else True)
+
+    def tick(ids, scores):
+        """A logits processor that changes nothing: generate calls it once a token."""
+        bar.update()
+        return scores
+
+    for start in starts:
         chunk = [prompts[q] for q in order[start : start + at_once]]
+        inputs = {}
         if policy.share_prompt:
             cache, batch, offset = policy.prefill(chunk, group_size)
+            inputs["past_key_values"] = cache
             if hasattr(policy.model.base_model, "rope_deltas"):
                 policy.model.base_model.rope_deltas = offset
-            sequences = policy.model.generate(**batch, past_key_values=cache, generation_config=settings)
         else:
             batch = collate(chunk, group_size, policy.pad_id, policy.device)
-            sequences = policy.model.generate(**batch, generation_config=settings)
-        ids = sequences[:, batch["input_ids"].shape[1] :]
-        parts.append(cut(policy, chunk, ids))
+        with policy.precision():
+            sequences = policy.model.generate(**batch, **inputs, generation_config=settings, logits_processor=[tick])
+        parts.append(cut(policy, chunk, sequences[:, batch["input_ids"].shape[1] :]))
+    bar.close()
     policy.train(was_training)
     rollout = concatenate(parts)
     place = sorted(range(len(order)), key=order.__getitem__)

@@ -1,7 +1,9 @@
 """Train a vision-language model with VPPO, or with the methods it is compared to. The whole loop, top to bottom.
 
-    python train.py                                 a tiny Qwen2.5-VL gets better at reading handwriting, about 5 minutes on 2 cores
+    python train.py                                 a tiny Qwen2.5-VL gets better at reading handwriting, under 5 minutes on 2 cores
     python train.py --method dapo --seed 1          the same with another method
+    torchrun --nproc_per_node=8 train.py            the same on 8 GPUs (or 8 CPU processes); --shard where one GPU is too small
+    python train.py --resume                        go on from the last checkpoint; --resume PATH from a given one
     python train.py --help                          every flag, with its meaning
 
 A run writes config.json, metrics.jsonl (one object a step), samples.jsonl, checkpoints/ in Hugging Face format and, at the end,
@@ -10,9 +12,10 @@ summary.json with held-out accuracy before and after.
 
 import dataclasses
 import json
+import math
 import os
 import resource
-import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -20,60 +23,123 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import distributed
 import tiny
+from checkpoint import checkpoint_of, clean, restore, save_checkpoint
 from data import load_data
 from eval import describe, evaluate
-from model import Policy, load, save
+from model import Policy, load
 from vppo import Config, check, command_line, train_step
+
+PATIENCE = 10  # updates in a row without a finite gradient before a run gives up
+# What may differ from config.json when a run is resumed: it changes speed, memory and files, not what is computed.
+MAY_CHANGE = set("tokens_per_batch responses_at_once share_prompt shard activation_checkpointing save_every keep log output".split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
 # ---------------------------------------------------------------------------------------------------------------------
 def parse(argv=None):
-    """Command line -> Config. `--config FILE.json` gives values that other flags override. ValueError in one sentence."""
+    """Command line -> (Config, what to resume). ValueError in one sentence.
+
+    `--config FILE.json` gives values that other flags override. `--resume [PATH]` does the same with the config.json of the run
+    that goes on. What to resume: None, a run's folder (its newest whole checkpoint) or a checkpoint's.
+    """
     parser = command_line(Config, __doc__)
     parser.add_argument("--config", help="JSON file with any of these fields; flags override it")
-    known = {field.name for field in dataclasses.fields(Config)}
-    early, _ = parser.parse_known_args(argv)
-    if early.config:
-        try:
-            values = json.loads(Path(early.config).read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"--config {early.config} cannot be read: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"--config {early.config} must hold one JSON object of fields")
-        unknown = set(values) - known
-        if unknown:
-            raise ValueError(f"--config {early.config} has unknown fields: {', '.join(sorted(unknown))}")
-        # As words of the command line, put before the real ones, the values are checked like flags.
-        words = []
-        for name, value in values.items():
-            words += [] if value is None else [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-        argv = words + (sys.argv[1:] if argv is None else list(argv))
-    namespace = vars(parser.parse_args(argv))
-    cfg = Config(**{name: namespace[name] for name in known})
+    parser.add_argument("--resume", nargs="?", const="", help="go on from the last whole checkpoint, or from the one at this path")
+    argv = sys.argv[1:] if argv is None else list(argv)
+    flags = parser.parse_args(argv)
+    resume = flags.resume
+    if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        resume = existing_run(flags)  # torchrun --max-restarts: none yet if the fault came before the run's first file
+    elif resume == "":
+        resume = existing_run(flags)
+        if resume is None:
+            raise ValueError(f"--resume finds no run in {flags.output or default_folder(flags)}: give its folder with --output")
+    saved = {}
+    if resume:
+        resume = Path(resume)
+        run = run_of(resume)
+        saved = read_fields(run / "config.json", "--resume")
+        argv = [*argv, "--output", str(run)]
+    if flags.config:
+        argv = as_words(read_fields(flags.config, "--config")) + argv
+    namespace = vars(parser.parse_args(as_words(saved) + argv))
+    cfg = Config(**{field.name: namespace[field.name] for field in dataclasses.fields(Config)})
     check(cfg)
-    return cfg
+    changed = {name for name, value in saved.items() if getattr(cfg, name) != value} - {"output"}
+    if changed:
+        differences = ", ".join(f"{name} {saved[name]} -> {getattr(cfg, name)}" for name in sorted(changed))
+        if changed - MAY_CHANGE:
+            raise ValueError(f"--resume {resume}: the run would not be the same one ({differences}): leave these flags out")
+        print(f"resuming with {differences}")
+    return cfg, resume
+
+
+def read_fields(file, flag):
+    """A JSON file of Config fields as a dict."""
+    try:
+        values = json.loads(Path(file).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{flag} {file} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{flag} {file} must hold one JSON object of fields")
+    unknown = set(values) - {field.name for field in dataclasses.fields(Config)}
+    if unknown:
+        raise ValueError(f"{flag} {file} has unknown fields: {', '.join(sorted(unknown))}")
+    return values
+
+
+def as_words(values):
+    """Fields as words of a command line: put before the real ones, they are checked like flags and overridden by them."""
+    words = []
+    for name, value in values.items():
+        words += [] if value is None else [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return words
+
+
+def default_folder(cfg):
+    """Where a run goes that was not told where."""
+    return f"runs/{cfg.method}-{Path(cfg.data).name}-{cfg.seed}"
+
+
+def numbered(base):
+    """base, base-2, base-3, ..."""
+    return (Path(base + end) for end in ["", *(f"-{n}" for n in range(2, 10_000))])
+
+
+def existing_run(cfg):
+    """The folder of the run these flags started last, or None."""
+    candidates = [Path(cfg.output)] if cfg.output else numbered(default_folder(cfg))
+    last = None
+    for folder in candidates:
+        if not (folder / "config.json").exists():
+            break
+        last = folder
+    return last
+
+
+def run_of(path):
+    """The run's folder for a run's folder or one of its checkpoints."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
 def output_folder(cfg):
-    """The run's folder: --output, which must not hold another run, or runs/METHOD-DATA-SEED with the next free number."""
-    if cfg.output:
-        if (Path(cfg.output) / "config.json").exists():
-            raise ValueError(f"--output {cfg.output} already holds a run's config.json: choose another folder")
-        return Path(cfg.output)
-    base = f"runs/{cfg.method}-{Path(cfg.data).name}-{cfg.seed}"
-    return next(Path(base + end) for end in ["", *(f"-{n}" for n in range(2, 10_000))] if not Path(base + end).exists())
+    """Where a new run goes: --output, which must not hold another run, or the default with the next free number."""
+    if cfg.output and (Path(cfg.output) / "config.json").exists():
+        raise ValueError(f"--output {cfg.output} already holds a run's config.json: choose another folder, or --resume it")
+    return Path(cfg.output) if cfg.output else next(folder for folder in numbered(default_folder(cfg)) if not folder.exists())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Logging
+# Logging: rank 0 alone writes
 # ---------------------------------------------------------------------------------------------------------------------
 def append(file, record):
-    """Add one JSON object as a line."""
+    """Add one JSON object as a line; a number that is not finite, which JSON does not know, becomes null."""
+    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
     with open(file, "a") as out:
-        out.write(json.dumps(record) + "\n")
+        out.write(json.dumps(finite) + "\n")
 
 
 def sample_of(batch, step):
@@ -94,93 +160,157 @@ def sample_of(batch, step):
     }
 
 
-def save_checkpoint(policy, folder, step):
-    """checkpoints/step-000010, an ordinary Hugging Face folder; written aside and renamed, so that it is whole or absent."""
-    target = folder / "checkpoints" / f"step-{step:06d}"
-    staging = target.with_name(f".{target.name}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    save(policy, staging)
-    os.rename(staging, target)
-    return target
+def board(cfg, folder):
+    """A TensorBoard writer, or None."""
+    if not cfg.log or distributed.rank():
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("--log tensorboard needs: pip install tensorboard") from error
+    return SummaryWriter(folder)
+
+
+def watch_signals():
+    """From now on Ctrl-C and SIGTERM ask the run to finish its step, save and leave: the list returned is then not empty.
+
+    A second Ctrl-C ends the process at once, but under torchrun, which passes on what the terminal has already sent to all.
+    """
+    asked = []
+
+    def ask(number, frame):
+        asked.append(number)
+        if "WORLD_SIZE" not in os.environ:
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask)
+    return asked
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 # ---------------------------------------------------------------------------------------------------------------------
 def main(argv=None):
-    """One run from start to end; returns the summary."""
-    cfg = parse(argv)
-    folder = output_folder(cfg)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(cfg.seed)
-
+    """One run from start to end; returns its summary, or None if it was asked to stop before the end."""
+    cfg, resume = parse(argv)
     # Data before the model: a bad row should not cost a model's loading time.
-    train_data = load_data(cfg.data, "train", cfg.instruction)
-    val_data, test_data = (load_data(cfg.data, split, cfg.instruction) for split in ("val", "test"))
-    model_folder, seconds_warmup = tiny.ensure() if cfg.model == "tiny" else (cfg.model, 0.0)
-    policy = Policy(*load(model_folder, cfg.dtype, device), cfg.temperature, cfg.share_prompt).train()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    train_data, val_data, test_data = (load_data(cfg.data, split, cfg.instruction) for split in ("train", "val", "test"))
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output {folder} cannot be made: {error.strerror}") from error
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-    size = sum(p.numel() for p in policy.parameters()) / 1e6
-    responses = cfg.prompts_per_step * cfg.group_size
-    print(f"{cfg.method}: {model_folder} ({size:.1f} M weights, {device}) on {cfg.data}, output in {folder}")
-    print(f"{cfg.steps} steps x {cfg.prompts_per_step} prompts x {cfg.group_size} responses = {cfg.steps * responses} responses; "
-          f"{cfg.updates_per_rollout} update(s) a step of {responses // cfg.updates_per_rollout} responses")  # fmt: skip
+    # Distributed: rank 0 decides where the run lives and where it starts, the others hear of it.
+    device = distributed.start(cfg.shard)
+    first = distributed.rank() == 0
+    path = None
+    if first:
+        if resume:
+            path = checkpoint_of(resume)
+            clean(run_of(resume), path)
+        folder = run_of(resume) if resume else output_folder(cfg)
+        model_folder, seconds_warmup = tiny.ensure() if cfg.model == "tiny" else (cfg.model, 0.0)
+    folder, path, model_folder, seconds_warmup = distributed.gather([(folder, path, model_folder, seconds_warmup) if first else None])[0]
 
-    start = time.time()
+    # Model and optimizer
+    torch.manual_seed(cfg.seed)
+    policy = Policy(*load(str(path or model_folder), device), cfg.temperature, cfg.share_prompt, cfg.dtype).train()
+    if cfg.activation_checkpointing:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    engine = distributed.engine(policy, cfg.shard)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
+    if first:  # only now: a run that fails to start leaves nothing behind
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+        except OSError as error:
+            raise ValueError(f"--output {folder} cannot be written: {error.strerror}") from error
+    progress = {"step": 0, "position": 0, "seconds": 0.0, "bad": 0, "before": None}
+    if path:
+        progress = restore(policy, optimizer, path)
+    if first:
+        size = sum(p.numel() for p in policy.parameters()) / 1e6
+        responses, ranks = cfg.prompts_per_step * cfg.group_size, distributed.world()
+        print(f"{cfg.method}: {model_folder} ({size:.1f} M weights, {ranks} x {device.type}{', sharded' if cfg.shard else ''}) "
+              f"on {cfg.data}, output in {folder}")  # fmt: skip
+        print(f"{cfg.steps} steps x {cfg.prompts_per_step} prompts x {cfg.group_size} responses = {cfg.steps * responses} responses; "
+              f"{cfg.updates_per_rollout} update(s) a step of {responses // cfg.updates_per_rollout} responses")  # fmt: skip
+        if resume:
+            print(f"resumed at step {progress['step']}{f' from {path}' if path else ': it has no whole checkpoint yet'}")
+
+    start = time.time() - progress["seconds"]
 
     def test(when):
         """Held-out scores; None if there is no held-out data or it is switched off."""
         if test_data is None or not cfg.test_prompts:
             return None
         scores, records = evaluate(policy, test_data, cfg, cfg.test_prompts, cfg.eval_samples, cfg.seed, f"held-out {when}")
-        for record in records:
-            append(folder / f"test-{when}.jsonl", record)
+        if first:
+            (folder / f"test-{when}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         return scores
 
-    before = test("before")
-    position = 0
-    bar = tqdm(range(cfg.steps), cfg.method, disable=None)
+    # The loop
+    progress["before"] = progress["before"] or test("before")
+    writer, asked = board(cfg, folder), watch_signals()
+    bar = tqdm(range(progress["step"], cfg.steps), cfg.method, disable=None if first else True, initial=progress["step"], total=cfg.steps)
     for step in bar:
-        metrics, position, batch = train_step(policy, optimizer, train_data, cfg, step, position)
+        metrics, progress["position"], batch = train_step(engine, optimizer, train_data, cfg, step, progress["position"])
         last = step + 1 == cfg.steps
         if val_data is not None and cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or last):
             clock = time.perf_counter()
-            scores, _ = evaluate(policy, val_data, cfg, cfg.eval_prompts, cfg.eval_samples, cfg.seed, None)
+            scores, _ = evaluate(policy, val_data, cfg, cfg.eval_prompts, cfg.eval_samples, cfg.seed, "validation")
             metrics |= {"val_avg": scores["avg"], "val_avg_ci": scores["avg_ci"], "seconds_eval": time.perf_counter() - clock}
-        append(folder / "metrics.jsonl", metrics)
-        if batch is not None:
-            append(folder / "samples.jsonl", sample_of(batch, step + 1))
+        if first:
+            append(folder / "metrics.jsonl", metrics)
+            if batch is not None:
+                append(folder / "samples.jsonl", sample_of(batch, step + 1))
+            if writer:
+                for name, value in metrics.items():
+                    if value is not None:
+                        writer.add_scalar(name, value, step + 1)
         bar.set_postfix(reward=f"{metrics['reward']:.2f}", refresh=False)
-        if cfg.save_every and ((step + 1) % cfg.save_every == 0 or last):
-            save_checkpoint(policy, folder, step + 1)
+
+        skipped = metrics.get("updates_skipped", 0)
+        progress["bad"] = progress["bad"] + skipped if skipped == cfg.updates_per_rollout else 0
+        if progress["bad"] >= PATIENCE:
+            raise ValueError(f"{progress['bad']} updates in a row had no finite gradient (step {step + 1}): try a smaller --lr, or "
+                             "--dtype float32; the weights are those before the first of them")  # fmt: skip
+        progress |= {"step": step + 1, "seconds": time.time() - start}
+        leave = distributed.total(len(asked)) > 0 and not last  # all ranks leave together
+        if leave or (cfg.save_every and ((step + 1) % cfg.save_every == 0 or last)):
+            save_checkpoint(policy, optimizer, folder, progress, cfg.keep)
+        if leave:
+            bar.close()
+            if first:
+                print(f"stopped after step {step + 1}, which is saved; go on with: --resume {folder}")
+            return None
     after = test("after")
 
+    # The end: a table
     summary = {
         "method": cfg.method, "model": cfg.model, "data": cfg.data, "seed": cfg.seed, "steps": cfg.steps,
-        "seconds": round(time.time() - start, 1), "seconds_warmup": round(seconds_warmup, 1),
+        "seconds": round(time.time() - start, 1), "seconds_warmup": round(seconds_warmup, 1), "ranks": distributed.world(),
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }  # fmt: skip
-    if before:
+    if device.type == "cuda":
+        summary["peak_gpu_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    if after:
         k = cfg.eval_samples
-        for name, scores in (("before", before), ("after", after)):
+        for name, scores in (("before", progress["before"]), ("after", after)):
             summary |= {f"avg_at_{k}_{name}": scores["avg"], f"avg_at_{k}_{name}_ci": scores["avg_ci"],
                         f"pass_at_{k}_{name}": scores["pass"], f"pass_at_{k}_{name}_ci": scores["pass_ci"]}  # fmt: skip
-        print(f"\nheld out, {min(cfg.test_prompts, len(test_data))} prompts x {k} responses, 95 % intervals\n"
-              f"  before  {describe(before, k)}\n  after   {describe(after, k)}")  # fmt: skip
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"{summary['seconds']:.0f} s of training and evaluation, {seconds_warmup:.0f} s of warm-up; everything is in {folder}")
+    if first:
+        if after:
+            print(f"\nheld out, {min(cfg.test_prompts, len(test_data))} prompts x {k} responses, 95 % intervals\n"
+                  f"  before  {describe(progress['before'], k)}\n  after   {describe(after, k)}")  # fmt: skip
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        print(f"{summary['seconds']:.0f} s of training and evaluation, {seconds_warmup:.0f} s of warm-up; everything is in {folder}")
     return summary
 
 
 if __name__ == "__main__":
     try:
         main()
+        distributed.stop()
     except (ValueError, ImportError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except torch.OutOfMemoryError as error:
+        flags = "--tokens_per_batch and --responses_at_once, or add --activation_checkpointing, --dtype bfloat16, --shard"
+        sys.exit(f"train.py: out of memory: lower {flags} ({str(error).splitlines()[0]})")

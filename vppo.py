@@ -9,10 +9,12 @@ The other methods are this one with parts switched off (METHODS). Read dependenc
 """
 
 import argparse
+import math
 import time
 from dataclasses import dataclass, field
 
 import torch
+from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import dependency
@@ -97,12 +99,16 @@ class Config:
     tokens_per_batch: int = option(16384, "tokens in one forward pass: memory, not results")
     responses_at_once: int = option(1024, "responses in one call of generate: memory, not results")
     share_prompt: bool = option(True, "run a prompt once for its whole group; --no_share_prompt repeats it")
-    dtype: str = option("float32", "weights: float32 or bfloat16")
+    dtype: str = option("float32", "float32 or bfloat16: of computing; weights, gradients and Adam states stay float32")
+    shard: bool = option(False, "FSDP2: weights, gradients and Adam states are split over the ranks")
+    activation_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower updates")
     eval_every: int = option(20, "validation every so many steps; 0 never")
     eval_prompts: int = option(64, "validation prompts")
     test_prompts: int = option(512, "held-out prompts of the final table; 0 skips it")
     eval_samples: int = option(8, "responses per evaluated prompt: the 8 of avg@8")
     save_every: int = option(50, "checkpoint every so many steps; the last step always; 0 never")
+    keep: int = option(0, "how many of the newest checkpoints to keep; 0 keeps all")
+    log: str = option("", "tensorboard: write its files next to metrics.jsonl")
 
     def has(self, part):
         """Whether the method switches on "tgf", "tas" or "dapo"."""
@@ -115,6 +121,7 @@ def check(cfg):
         "method": METHODS, "mask": dependency.MASKS, "metric": dependency.METRICS, "mask_per": ("prompt", "rollout"),
         "average": (None, "token", "sequence"), "entropy_form": ("exact", "sampled"), "lr_schedule": ("linear", "constant"),
         "dtype": ("float32", "bfloat16"), "grader": reward.GRADERS,
+        "log": ("", "tensorboard"),
     }  # fmt: skip
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
@@ -131,7 +138,7 @@ def check(cfg):
     ]
     for name in ("prompts_per_step", "max_new_tokens", "max_prompt_tokens", "max_rounds", "updates_per_rollout", "tokens_per_batch"):
         rules.append((getattr(cfg, name) >= 1, f"--{name} must be at least 1, got {getattr(cfg, name)}"))
-    for name in ("steps", "eval_every", "eval_prompts", "test_prompts", "save_every"):
+    for name in ("steps", "eval_every", "eval_prompts", "test_prompts", "save_every", "keep"):
         rules.append((getattr(cfg, name) >= 0, f"--{name} must not be negative, got {getattr(cfg, name)}"))
     if cfg.updates_per_rollout > cfg.prompts_per_step:
         rules.append((False, f"--updates_per_rollout {cfg.updates_per_rollout} exceeds --prompts_per_step {cfg.prompts_per_step}"))
@@ -191,7 +198,8 @@ def collect(policy, dataset, cfg, position):
             continue
         new = [example_at(dataset, p, cfg.seed) for p in mine]
         prompts = [encode_checked(policy, example, cfg) for example in new]
-        rollout = generate(policy, prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.responses_at_once)
+        sizes = (cfg.group_size, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.responses_at_once)
+        rollout = generate(policy, prompts, *sizes, progress=distributed.rank() == 0 and "rollout")
         truths = [example.answer for example in new for _ in range(cfg.group_size)]
         graded = torch.tensor([reward.grade(text, truth, cfg.grader) for text, truth in zip(rollout.texts, truths)])
         groups = graded.reshape(-1, cfg.group_size)
@@ -269,11 +277,12 @@ def modulate(batch, cfg):
 # ---------------------------------------------------------------------------------------------------------------------
 # Phase 4: update
 # ---------------------------------------------------------------------------------------------------------------------
-def update(policy, optimizer, batch, groups, cfg):
+def update(engine, optimizer, batch, groups, cfg):
     """Phase 4: one optimizer step on some groups of the batch, micro-batch by micro-batch. Returns summed metrics.
 
-    The divisor is the count of *this update's* response tokens (or responses) over all micro-batches and ranks: it depends
-    neither on how the update is cut nor on how many tokens TGF keeps.
+    engine: the policy, or what distributed.engine made of it. The divisor is the count of *this update's* response tokens (or
+    responses) over all micro-batches and ranks: it depends neither on how the update is cut nor on how many tokens TGF keeps.
+    An update whose gradient is not finite is skipped: one bad batch must not turn all weights into NaN.
     """
     rollout, mask = batch.rollout, batch.rollout.response_mask
     G = rollout.group_size
@@ -289,41 +298,51 @@ def update(policy, optimizer, batch, groups, cfg):
 
     optimizer.zero_grad()
     sums = {"loss": 0.0, "clipped": 0.0, "kept": 0, "approx_kl": 0.0}
-    for pieces, rows in rollout.micro_batches(cfg.tokens_per_batch, groups):
-        ids, need = rollout.response_ids[rows], active[rows]
-        logprobs, entropy = policy([rollout.prompts[q] for q in pieces], ids, mask[rows], need, cfg.entropy_penalty > 0)
-        value, metrics = loss.policy_loss(
-            logprobs,
-            batch.old_logprobs[rows],
-            batch.advantages[rows],
-            mask[rows],
-            batch.token_mask[rows] * need,
-            cfg.clip_low,
-            clip_high,
-            cfg.dual_clip,
-            average,
-            divisor,
-        )
-        if cfg.entropy_penalty:
-            terms = entropy if cfg.entropy_form == "exact" else logprobs
-            value = value + cfg.entropy_penalty * loss.entropy_penalty(terms, mask[rows], cfg.entropy_form, tokens)
-        value.backward()
+    pieces = list(rollout.micro_batches(cfg.tokens_per_batch, groups))
+    passes = max(distributed.gather([len(pieces)]))  # all ranks run as many, for their gradients meet
+    for i in tqdm(range(passes), "update", leave=False, disable=None if distributed.rank() == 0 else True):
+        # A rank with fewer pieces than another runs its first response with an empty mask: it counts nowhere.
+        members, rows = pieces[i] if i < len(pieces) else ([0], [0])
+        real = mask[rows] & (i < len(pieces))
+        ids, need = rollout.response_ids[rows], active[rows] & real
+        with distributed.meeting(engine, last=i == passes - 1):
+            logprobs, entropy = engine([rollout.prompts[q] for q in members], ids, mask[rows], need, cfg.entropy_penalty > 0)
+            value, metrics = loss.policy_loss(
+                logprobs,
+                batch.old_logprobs[rows],
+                batch.advantages[rows],
+                real,
+                batch.token_mask[rows] * need,
+                cfg.clip_low,
+                clip_high,
+                cfg.dual_clip,
+                average,
+                divisor,
+            )
+            if cfg.entropy_penalty:
+                terms = entropy if cfg.entropy_form == "exact" else logprobs
+                value = value + cfg.entropy_penalty * loss.entropy_penalty(terms, real, cfg.entropy_form, tokens)
+            (value * distributed.world()).backward()  # the engines average over ranks; the objective sums
         kept = int(need.sum())
         sums["loss"] += value.item()
         sums["kept"] += kept
         sums["clipped"] += metrics["clip_fraction"].item() * kept
         sums["approx_kl"] += metrics["approx_kl"].item() * kept
-    sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm).item()
-    optimizer.step()
+    norm = torch.nn.utils.clip_grad_norm_(engine.parameters(), cfg.max_grad_norm)
+    sums["grad_norm"] = getattr(norm, "full_tensor", lambda: norm)().item()  # of a sharded gradient: over all shards
+    sums["skipped"] = not math.isfinite(sums["grad_norm"])
+    if not sums["skipped"]:
+        optimizer.step()
     return sums
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Algorithm 1
 # ---------------------------------------------------------------------------------------------------------------------
-def train_step(policy, optimizer, dataset, cfg, step, position):
+def train_step(engine, optimizer, dataset, cfg, step, position):
     """One rollout batch through the four phases. Returns (metrics, new position in the data, Batch or None).
 
+    engine: the policy itself in one process; what distributed.engine makes of it in several.
     Every source of randomness is keyed by (seed, step, rank) here or by (seed, position) below, so a run that resumes at a step
     repeats it exactly.
     """
@@ -332,15 +351,18 @@ def train_step(policy, optimizer, dataset, cfg, step, position):
     for group in optimizer.param_groups:
         group["lr"] = cfg.lr * share
 
+    policy = distributed.bare(engine)
+    optimizer.zero_grad()  # the last update's gradients need not lie in memory through the rollout
     clock = [time.perf_counter()]
-    batch, position, metrics = collect(policy, dataset, cfg, position)
-    metrics = {"step": step + 1, **metrics, "lr": cfg.lr * share, "skipped": int(batch is None)}
-    clock.append(time.perf_counter())
-    if batch is None:  # not one group with signal in max_rounds rounds: nothing to learn from
-        return metrics | {"seconds_rollout": clock[1] - clock[0]}, position, None
+    with distributed.unsharded(policy):
+        batch, position, metrics = collect(policy, dataset, cfg, position)
+        metrics = {"step": step + 1, **metrics, "lr": cfg.lr * share, "skipped": int(batch is None)}
+        clock.append(time.perf_counter())
+        if batch is None:  # not one group with signal in max_rounds rounds: nothing to learn from
+            return metrics | {"seconds_rollout": clock[1] - clock[0]}, position, None
 
-    measure(policy, batch, cfg)
-    clock.append(time.perf_counter())
+        measure(policy, batch, cfg)
+        clock.append(time.perf_counter())
     modulate(batch, cfg)
 
     # The update a group belongs to follows from its number among the groups of all ranks.
@@ -348,7 +370,7 @@ def train_step(policy, optimizer, dataset, cfg, step, position):
     sums = []
     for u in range(cfg.updates_per_rollout):
         part = [q for q in range(len(batch.examples)) if (first + q) % cfg.updates_per_rollout == u]
-        sums.append(update(policy, optimizer, batch, part, cfg))
+        sums.append(update(engine, optimizer, batch, part, cfg))
     clock.append(time.perf_counter())
 
     metrics |= summarise(batch, sums, cfg)
@@ -368,6 +390,7 @@ def summarise(batch, sums, cfg):
         "approx_kl": distributed.total(sum(s["approx_kl"] for s in sums)) / kept,
         "gradient_tokens": distributed.total(int(((batch.token_mask > 0) & mask).sum())) / tokens,
         "grad_norm": sum(s["grad_norm"] for s in sums) / len(sums),
+        "updates_skipped": sum(s["skipped"] for s in sums),
     }
     if cfg.has("tgf") or cfg.has("tas"):
         real = mask.any(dim=1)

@@ -25,7 +25,7 @@ SMALL = "--prompts_per_step 2 --group_size 8 --max_new_tokens 8 --steps 2 --test
 SMALL = [*SMALL.split(), *"--updates_per_rollout 2 --eval_every 1 --save_every 1".split()]
 
 COLLECTED = {"step", "reward", "no_signal", "prompts_sampled", "response_length", "truncated", "lr", "skipped"}
-UPDATED = {"loss", "entropy", "clip_fraction", "approx_kl", "gradient_tokens", "grad_norm"}
+UPDATED = {"loss", "updates_skipped", "entropy", "clip_fraction", "approx_kl", "gradient_tokens", "grad_norm"}
 MODULATED = {"dependency_mean", "dependency_std", "alpha_min", "alpha_max"}
 TIMES = {"seconds_rollout", "seconds_score", "seconds_update", "seconds_eval"}
 VALIDATED = {"val_avg", "val_avg_ci"}
@@ -225,7 +225,7 @@ def test_interval_is_clustered_by_prompt(start, monkeypatch):
 def test_default_output_is_numbered(workplace):
     names = []
     for flags in (["--seed", "3"], ["--seed", "3"], ["--seed", "3"], ["--method", "dapo"], ["--data", "some/where/set"]):
-        folder = train.output_folder(train.parse(flags))
+        folder = train.output_folder(train.parse(flags)[0])
         assert not folder.exists()  # a run that fails to start leaves no folder behind
         folder.mkdir(parents=True)
         names.append(str(folder))
@@ -235,16 +235,16 @@ def test_default_output_is_numbered(workplace):
 def test_config_file_and_flags(workplace):
     values = {"method": "grpo", "steps": 7, "beta_max": 1.5, "share_prompt": False, "k": 0.25}
     Path("c.json").write_text(json.dumps(values))
-    cfg = train.parse(["--config", "c.json", "--steps", "9"])
+    cfg, _ = train.parse(["--config", "c.json", "--steps", "9"])
     assert vars(cfg) == vars(vppo.Config()) | values | {"steps": 9}
-    assert train.parse(["--steps", "9", "--config=c.json"]) == cfg
-    assert train.parse([]) == vppo.Config()
+    assert train.parse(["--steps", "9", "--config=c.json"])[0] == cfg
+    assert train.parse([])[0] == vppo.Config()
 
 
 def test_a_runs_own_config_repeats_it(workplace):
-    cfg = train.parse(["--method", "tas", "--lr", "3e-5", "--clip_high", "0.3", "--no_share_prompt"])
+    cfg, _ = train.parse(["--method", "tas", "--lr", "3e-5", "--clip_high", "0.3", "--no_share_prompt"])
     Path("c.json").write_text(json.dumps(vars(cfg)))
-    assert train.parse(["--config", "c.json"]) == cfg
+    assert train.parse(["--config", "c.json"])[0] == cfg
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def test_a_runs_own_config_repeats_it(workplace):
         ("--model ./missing", "model './missing' is neither"),
         ("--max_prompt_tokens 9", r"digits test\[0\]: prompt of \d+ tokens exceeds --max_prompt_tokens 9"),
         ("--output held", "--output held already holds a run"),
-        ("--output file.txt", "--output file.txt cannot be made"),
+        ("--output file.txt", "--output file.txt cannot be written"),
         ("--config none.json", "none.json cannot be read"),
         ("--config broken.json", "broken.json cannot be read"),
         ("--config unknown.json", "unknown.json has unknown fields: learning_rate"),

@@ -173,7 +173,7 @@ def test_arithmetic_follows_what_was_read():
 def test_sorts_of_token(processor):
     for word in ("three", " three", "zero", " nine"):
         assert data.is_reading(word) and not data.is_computed(word)
-    for word in ("3", " 3", "-4", " 17", "+", " -", "yes", " no", "larger", " lower", "same"):
+    for word in ("3", " 3", "-4", " 17", "+", " -", "yes", " no", "larger", " smaller", "equal"):
         assert data.is_computed(word) and not data.is_reading(word)
     for word in ("so", " answer", "threes", ".", "\\boxed{", "}", "<|im_end|>", "", "\n", "--x"):
         assert not data.is_reading(word) and not data.is_computed(word)

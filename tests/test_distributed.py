@@ -1,0 +1,126 @@
+"""The same numbers from any number of processes: one update from the same rollouts, and whole short runs under torchrun."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import ONE_THREAD, ROOT, children, python
+from step_worker import CUTS
+from transformers import AutoModelForImageTextToText
+
+import data
+import model
+import tiny
+from checkpoint import every
+from model import Policy, encode
+from rollout import generate
+from vppo import Batch
+
+SHORT = "--prompts_per_step 3 --steps 3 --test_prompts 4 --eval_prompts 3 --eval_samples 2 --eval_every 2 --save_every 1".split()
+
+
+def torchrun(processes, *words):
+    """Run a script on some CPU processes with one thread each; returns the finished process."""
+    return subprocess.run([*python(processes), *map(str, words)], env=ONE_THREAD, capture_output=True, text=True, timeout=300)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One update from saved rollouts
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """step_worker.py's results by number of processes: five groups of three responses, so that ranks get 5; 3 + 2; 2 + 2 + 1 + 0."""
+    folder = tmp_path_factory.mktemp("step")
+    processor = tiny.build_processor()
+    policy = Policy(tiny.build_model(processor, **tiny.RECIPE | {"layers": 2, "vision_layers": 2}), processor)
+    model.save(policy, folder / "model")
+    examples = [data.Digits("val")[i] for i in range(5)]
+    torch.manual_seed(0)
+    rollout = generate(policy, [encode(processor, example) for example in examples], 3, 12)
+    rewards = torch.tensor([1.0, 0, 0, 0, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1, 0])  # the third group has no signal
+    torch.save(Batch(rollout, examples, list(range(5)), rewards), folder / "batch.pt")
+    for processes in (1, 2, 4):
+        done = torchrun(processes, Path(__file__).with_name("step_worker.py"), folder)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return {n: torch.load(folder / f"result-{n}.pt") for n in (1, 2, 4)}
+
+
+# What each cut must agree with: the same settings in one process, one micro-batch.
+SAME = {"three": "all", "one": "all", "checkpointing": "all", "sharded": "all", "sharded, one": "all"}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_update_does_not_depend_on_how_it_is_cut(cut, processes, results):
+    if cut not in results[processes]:
+        pytest.skip("sharding is tested on one and two processes")
+    mine, reference = results[processes][cut], results[1][SAME.get(cut, cut)]
+    assert torch.equal(mine["token_mask"], reference["token_mask"])
+    assert torch.allclose(mine["alpha"], reference["alpha"], rtol=1e-5)
+    assert mine["loss"] == pytest.approx(reference["loss"], rel=1e-5, abs=1e-7)
+    gradient, expected = mine["gradient"].double(), reference["gradient"].double()  # a float32 norm over a million is off by 3e-5
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()
+    assert mine["norm"] == pytest.approx(expected.norm().item(), rel=1e-5)
+
+
+def test_the_update_under_test_is_not_empty(results):
+    for cut in ("all", "penalty", "sequence"):
+        assert results[1][cut]["gradient"].norm() > 1e-3
+        assert results[1][cut]["alpha"].std() > 1e-4
+    assert not torch.allclose(results[1]["all"]["gradient"], results[1]["penalty"]["gradient"], rtol=1e-2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole runs
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--shard"], ["--shard", "--dtype", "bfloat16", "--activation_checkpointing"]])
+def test_a_run_on_two_processes(flags, tiny_folder, tmp_path):
+    done = torchrun(2, ROOT / "train.py", "--model", tiny_folder, *SHORT, *flags, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in metrics] == [1, 2, 3]
+    assert all(record["prompts_sampled"] >= 3 for record in metrics)
+    assert [record["number"] for record in map(json.loads, (tmp_path / "out" / "test-after.jsonl").open())] == [0, 1, 2, 3]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["ranks"] == 2 and 0 <= summary["avg_at_2_after"] <= 1
+    # The checkpoint is an ordinary folder that eval.py scores.
+    last = every(tmp_path / "out")[0]
+    trained, start = (AutoModelForImageTextToText.from_pretrained(folder).state_dict() for folder in (last, tiny_folder))
+    assert trained.keys() == start.keys() and any(not torch.equal(trained[key], start[key]) for key in start)
+    assert all(tensor.dtype == torch.float32 for tensor in trained.values())
+    scored = subprocess.run([sys.executable, ROOT / "eval.py", "--model", last, "--prompts", "4", "--samples", "2"], capture_output=True)
+    assert scored.returncode == 0, scored.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks through /proc")
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_dead_rank(restarts, tiny_folder, tmp_path):
+    """It ends the others; with --max-restarts torchrun starts all again and the run goes on from its last checkpoint."""
+    command = [*python(2), f"--max-restarts={restarts}", ROOT / "train.py", "--model", tiny_folder, *SHORT,
+               "--steps", "8", "--output", "out"]  # fmt: skip
+    with open(tmp_path / "log", "w") as log:
+        agent = subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, stdout=log, stderr=log)
+    limit = time.time() + 200
+    while not every(tmp_path / "out") and agent.poll() is None and time.time() < limit:
+        time.sleep(0.05)
+    victim = max(children(agent.pid))
+    os.kill(victim, signal.SIGKILL)
+    code = agent.wait(timeout=200)
+    text = (tmp_path / "log").read_text()
+    if restarts:
+        assert code == 0, text[-3000:]
+        assert "resumed at step" in text
+        steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, 9))
+        assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["out"]
+    else:
+        assert code != 0
+        assert not (tmp_path / "out" / "summary.json").exists()
