@@ -1,7 +1,7 @@
 """avg@k and pass@k of any model on any data, with 95 % intervals; every response is kept.
 
     python eval.py --model runs/vppo-digits-0/checkpoints/step-000060 --data digits --samples 8
-    python eval.py --model Qwen/Qwen2.5-VL-7B-Instruct --data FOLDER --max_new_tokens 2048
+    torchrun --nproc_per_node=8 eval.py --model Qwen/Qwen2.5-VL-7B-Instruct --data FOLDER --max_new_tokens 2048
 
 avg@k: each prompt is answered k times (temperature 1, top-p 1, as in the paper, Section 4); the mean of all rewards.
 pass@k: the share of prompts with at least one right answer among the k.
@@ -101,12 +101,16 @@ def main(argv=None):
         dataset = load_data(cfg.data, "train", cfg.instruction)
     if dataset is None:
         raise ValueError(f"--data {cfg.data} has no '{cfg.split}' folder: name another with --split")
-    folder = tiny.ensure()[0] if cfg.model == "tiny" else cfg.model
-    policy = Policy(*load(folder, device="cuda" if torch.cuda.is_available() else "cpu"), cfg.temperature)
+    device = distributed.start()
+    folder = tiny.ensure()[0] if cfg.model == "tiny" and distributed.rank() == 0 else cfg.model
+    folder = distributed.gather([folder])[0]
+    policy = Policy(*load(folder, device), cfg.temperature)
     base = Path(cfg.model) if Path(cfg.model).is_dir() else Path("runs")
     output = Path(cfg.output or base / f"eval-{Path(cfg.data).name}-{cfg.split}")
     output.mkdir(parents=True, exist_ok=True)
     scores, records = evaluate(policy, dataset, cfg, cfg.prompts, cfg.samples, cfg.seed)
+    if distributed.rank():
+        return
     with open(output / "responses.jsonl", "w") as file:
         for record in records:
             file.write(json.dumps(record) + "\n")
@@ -118,5 +122,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+        distributed.stop()
     except (ValueError, ImportError, OSError) as error:
         sys.exit(f"eval.py: {error}")

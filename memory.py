@@ -43,7 +43,7 @@ def memory_per_gpu(
     tokens_per_batch=Config.tokens_per_batch, responses_at_once=Config.responses_at_once, k=Config.k,
     bf16=True, activation_checkpointing=False, share_prompt=Config.share_prompt,
 ):  # fmt: skip
-    """GiB on one GPU: {"rollout": {part: GiB, ..., "total"}, "score": .., "update": .., "step": .., "peak": largest total}.
+    """GiB on one GPU: {"rollout": {part: GiB, ..., "total"}, "score": .., "update": .., "peak": largest total}.
 
     config: a transformers image-text-to-text config. shard: FSDP over `gpus`; False: a replica on each. bf16: compute in it,
     over float32 weights. image_tokens + text_tokens: a prompt. k: share of response tokens with a gradient (without TGF, or
@@ -87,9 +87,7 @@ def memory_per_gpu(
 
     total, root, unit = count_parameters(config)
     own = total / gpus if shard else total
-    # `update` frees gradients only at its start, so they are there in the next rollout, too.
-    fixed = {"parameters": 4 * own, "gradients": 4 * own, "adam": 8 * own}
-    fixed["ddp buckets"] = 4 * total if gpus > 1 and not shard else 0  # a second copy of the gradients, to exchange them
+    fixed = {"parameters": 4 * own, "adam": 8 * own}
     # Weights in the compute type beside the float32 ones: autocast copies all; FSDP gathers all to generate, to score and to
     # update with a shared prompt (distributed.meeting), else the root, a layer and the next.
     whole = b * total if shard or bf16 else 0
@@ -108,11 +106,11 @@ def memory_per_gpu(
             "logits": 8 * chunk * row,  # logits, p and log p of both images, and the terms of the KL
         },
         "update": {
+            "gradients": 4 * own,  # freed before the next rollout; DDP exchanges them where they lie, fused AdamW works in place
             "compute weights": gathered, "unsharded gradients": b * (root + unit) if shard else 0,
             "activations": activations(prompts, responses, tokens, share_update, keep),
             "logits": 4 * -(-tokens * k // 1) * row,  # the kept tokens' logits, and three tensors in the backward pass
         },
-        "step": {"adam temporaries": 4 * own},  # the multi-tensor AdamW takes the root of all second moments at once
     }  # fmt: skip
     result = {phase: {part: size / 2**30 for part, size in (fixed | parts).items()} for phase, parts in phases.items()}
     for sizes in result.values():
@@ -141,18 +139,18 @@ def main():
     """Print the table."""
     rows = []  # name, config, arguments, GPUs, shard, activation checkpointing
     for name, entry in MODELS.items():
-        for gpus, shard in [(1, False), (8, False), (8, True)] + [(32, True)] * (name == "32B"):
+        for gpus, shard in [(1, False), (8, True)] + [(32, True)] * (name == "32B"):
             rows += [(f"Qwen2.5-VL-{name}", *qwen(**entry), gpus, shard, checkpointing) for checkpointing in (False, True)]
     work = dict(image_tokens=3, text_tokens=23, response_tokens=Config.max_new_tokens, bf16=False)
     rows.append(("tiny, float32", tiny.build_model(tiny.build_processor(), **tiny.RECIPE).config, work, 1, False, False))
     print("GiB per GPU, estimated; bf16 compute over float32 weights unless noted. Prompts of 1024 image and 256 text")
     print("tokens, responses of 2048 (32B: 4096), 64 (32B: 8) generated together, --tokens_per_batch 4096, k 0.4.\n")
-    print("| model | GPUs | shard | checkpointing | rollout | score | update | step | peak | fits 80 GB | source |")
-    print("|---" * 11 + "|")
+    print("| model | GPUs | shard | checkpointing | rollout | score | update | peak | fits 80 GB | source |")
+    print("|---" * 10 + "|")
     for name, config, work, gpus, shard, checkpointing in rows:
         sizes = memory_per_gpu(config, gpus, shard, activation_checkpointing=checkpointing, **work)
-        cells = [name, gpus, "yes" if shard else "no", "yes" if checkpointing else "no"]
-        cells += [f"{sizes[phase]['total']:.1f}" for phase in ("rollout", "score", "update", "step")]
+        cells = [name, gpus if shard else "any", "yes" if shard else "no", "yes" if checkpointing else "no"]
+        cells += [f"{sizes[phase]['total']:.1f}" for phase in ("rollout", "score", "update")]
         cells += [f"{sizes['peak']:.1f}", "yes" if sizes["peak"] * 2**30 <= 80e9 else "no", "computed"]
         print(f"| {' | '.join(map(str, cells))} |")
 

@@ -138,8 +138,11 @@ def output_folder(cfg):
 def append(file, record):
     """Add one JSON object as a line; a number that is not finite, which JSON does not know, becomes null."""
     finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
-    with open(file, "a") as out:
-        out.write(json.dumps(finite) + "\n")
+    try:
+        with open(file, "a") as out:
+            out.write(json.dumps(finite) + "\n")
+    except OSError as error:
+        raise OSError(f"{file} cannot be written ({error.strerror}): make room and --resume {file.parent}") from error
 
 
 def sample_of(batch, step):
@@ -305,12 +308,17 @@ def main(argv=None):
     return summary
 
 
+def sentence(error):
+    """What the user reads when a run ends with an error he can do something about."""
+    if isinstance(error, torch.OutOfMemoryError):
+        flags = "--tokens_per_batch and --responses_at_once, or add --activation_checkpointing, --dtype bfloat16, --shard"
+        return f"train.py: out of memory: lower {flags} ({str(error).splitlines()[0]})"
+    return f"train.py: {error}"
+
+
 if __name__ == "__main__":
     try:
         main()
         distributed.stop()
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"train.py: {error}")
-    except torch.OutOfMemoryError as error:
-        flags = "--tokens_per_batch and --responses_at_once, or add --activation_checkpointing, --dtype bfloat16, --shard"
-        sys.exit(f"train.py: out of memory: lower {flags} ({str(error).splitlines()[0]})")
+    except (ValueError, ImportError, OSError, torch.OutOfMemoryError) as error:
+        sys.exit(sentence(error))

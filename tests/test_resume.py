@@ -226,6 +226,20 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole(flags, reference, monkeyp
     assert same(state("out", 4), state(reference, 4))
 
 
+def test_a_full_disk_stops_the_log_with_a_sentence():
+    if not Path("/dev/full").exists():
+        pytest.skip("/dev/full is Linux")
+    with pytest.raises(OSError, match=r"/dev/full cannot be written \(No space left on device\): make room and --resume"):
+        train.append(Path("/dev/full"), {"step": 1})
+
+
+def test_out_of_memory_names_the_flags_to_turn():
+    text = train.sentence(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore"))
+    assert text.startswith("train.py: out of memory: lower --tokens_per_batch") and "\n" not in text
+    known = {f"--{name}" for name in vars(vppo.Config())}
+    assert {word.strip(",") for word in text.split() if word.startswith("--")} <= known
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Killed
 # ---------------------------------------------------------------------------------------------------------------------
