@@ -123,7 +123,7 @@ def mask_images(images, mask, key):
 
 
 @torch.no_grad()
-def score(policy, rollout, masked_prompts=None, metric="kl", tokens_per_batch=16384):
+def score(policy, rollout, masked_prompts=None, metric="kl", tokens_per_batch=16384, states=None):
     """One scoring pass over a rollout batch: what phase 3 and the objective need to know about pi_old.
 
     policy:         model.Policy; rollout: rollout.Rollout with Q prompts and B responses.
@@ -131,6 +131,7 @@ def score(policy, rollout, masked_prompts=None, metric="kl", tokens_per_batch=16
                     None skips the second pass (DAPO and GRPO do not need it) and gives S = 0.
     metric:         a name in METRICS.
     tokens_per_batch: changes memory, not numbers.
+    states:         (B, T, H) policy.states of the rollout where they are known already: the pass with the true image is left out.
 
     Returns {"logprobs", "entropy", "dependency"}, each (B, T) float32, 0 on padding.
     """
@@ -140,12 +141,13 @@ def score(policy, rollout, masked_prompts=None, metric="kl", tokens_per_batch=16
     out = {key: torch.zeros(shape, device=policy.device) for key in ("logprobs", "entropy", "dependency")}
     for groups, rows in rollout.micro_batches(tokens_per_batch):
         ids, mask = rollout.response_ids[rows], rollout.response_mask[rows]
-        states = policy.states([rollout.prompts[q] for q in groups], ids, mask)[mask]  # (N, H): padding dropped
+        true = states[rows] if states is not None else policy.states([rollout.prompts[q] for q in groups], ids, mask)
+        true = true[mask]  # (N, H): padding dropped
         masked_states = None
         if masked_prompts is not None:
             chosen = groups if len(masked_prompts) == len(rollout.prompts) else rows
             masked_states = policy.states([masked_prompts[i] for i in chosen], ids, mask)[mask]
-        for key, values in score_tokens(policy.logits, states, masked_states, ids[mask], metric).items():
+        for key, values in score_tokens(policy.logits, true, masked_states, ids[mask], metric).items():
             out[key][rows] = torch.zeros_like(ids, dtype=values.dtype).masked_scatter(mask, values)
     policy.train(was_training)
     return out

@@ -247,9 +247,12 @@ class Policy(nn.Module):
     def forward(self, prompts, response_ids, response_mask, token_mask, with_entropy=False):
         """log pi(o_t | I, s_t) of the sampled tokens, (B, T), at the tokens of `token_mask`, 0 elsewhere; optionally their entropy.
 
-        Only the chosen tokens ever get a row of logits: with TGF that is k of them.
+        Only the chosen tokens ever get a row of logits: with TGF that is k of them. token_mask: (B, T) bool, or a function that
+        makes it from the hidden states (B, T, H) of this very pass, where the choice depends on them.
         """
         states = self.states(prompts, response_ids, response_mask)
+        if callable(token_mask):
+            token_mask = token_mask(states.detach())
         logits = self.logits(states[token_mask])  # (N, V)
         chosen = logits.gather(-1, response_ids[token_mask][:, None])[:, 0] - logits.logsumexp(-1)
         zeros = torch.zeros_like(response_ids, dtype=chosen.dtype)

@@ -238,8 +238,11 @@ def collect(policy, dataset, cfg, position):
 # ---------------------------------------------------------------------------------------------------------------------
 # Phase 2: dependency
 # ---------------------------------------------------------------------------------------------------------------------
-def measure(policy, batch, cfg):
-    """Phase 2: old log-probs, entropy and, where the method uses it, S of Eq. 3; all with pi_old, once per rollout batch."""
+def measure(policy, batch, cfg, states=None):
+    """Phase 2: old log-probs, entropy and, where the method uses it, S of Eq. 3; all with pi_old, once per rollout batch.
+
+    states: the hidden states with the true image, where a pass has just made them.
+    """
     masked = None
     if cfg.has("tgf") or cfg.has("tas"):
         # The key (seed, position in the data) makes a masked image the same on whichever rank it is drawn.
@@ -249,7 +252,7 @@ def measure(policy, batch, cfg):
             for example, position in zip(batch.examples, batch.positions)
             for draw in draws
         ]
-    scored = dependency.score(policy, batch.rollout, masked, cfg.metric, cfg.tokens_per_batch)
+    scored = dependency.score(policy, batch.rollout, masked, cfg.metric, cfg.tokens_per_batch, states)
     batch.old_logprobs, batch.entropy, batch.dependency = scored["logprobs"], scored["entropy"], scored["dependency"]
 
 
@@ -277,11 +280,21 @@ def modulate(batch, cfg):
 # ---------------------------------------------------------------------------------------------------------------------
 # Phase 4: update
 # ---------------------------------------------------------------------------------------------------------------------
+def active_tokens(batch, cfg):
+    """(B, T) bool: the tokens that need logits in the update.
+
+    Without an entropy penalty a token has a gradient only if the filter keeps it and its advantage is not 0.
+    """
+    mask = batch.rollout.response_mask
+    return mask if cfg.entropy_penalty else mask & (batch.token_mask > 0) & (batch.advantages != 0)[:, None]
+
+
 def update(engine, optimizer, batch, groups, cfg):
     """Phase 4: one optimizer step on some groups of the batch, micro-batch by micro-batch. Returns summed metrics.
 
     engine: the policy, or what distributed.engine made of it. The divisor is the count of *this update's* response tokens (or
     responses) over all micro-batches and ranks: it depends neither on how the update is cut nor on how many tokens TGF keeps.
+    A batch without alpha has not been through phases 2 and 3: they then happen within the update's one pass.
     An update whose gradient is not finite is skipped: one bad batch must not turn all weights into NaN.
     """
     rollout, mask = batch.rollout, batch.rollout.response_mask
@@ -291,22 +304,29 @@ def update(engine, optimizer, batch, groups, cfg):
     average = cfg.average or ("token" if cfg.has("dapo") else "sequence")
     divisor = tokens if average == "token" else distributed.total(int(mask[rows].any(dim=1).sum()))
     clip_high = cfg.clip_high if cfg.clip_high is not None else (0.28 if cfg.has("dapo") else cfg.clip_low)
-    # Without an entropy penalty a token has a gradient only if the filter keeps it and its advantage is not 0; only such
-    # tokens get logits, and only groups that have one run at all.
-    active = mask & (batch.token_mask > 0) & (batch.advantages != 0)[:, None] if not cfg.entropy_penalty else mask
-    groups = [q for q in groups if active[q * G : (q + 1) * G].any()]
-
     optimizer.zero_grad()
     sums = {"loss": 0.0, "clipped": 0.0, "kept": 0, "approx_kl": 0.0}
-    pieces = list(rollout.micro_batches(cfg.tokens_per_batch, groups))
+    if batch.alpha is None:  # not measured yet: the one pass of this step does that, too
+        active, pieces = None, [(list(groups), rows)]
+    else:
+        active = active_tokens(batch, cfg)
+        pieces = list(rollout.micro_batches(cfg.tokens_per_batch, [q for q in groups if active[q * G : (q + 1) * G].any()]))
+
+    def choose(states):
+        """Phases 2 and 3 from the hidden states of the update's own pass; returns the tokens that need logits."""
+        measure(distributed.bare(engine), batch, cfg, states)
+        modulate(batch, cfg)
+        return active_tokens(batch, cfg)
+
     passes = max(distributed.gather([len(pieces)]))  # all ranks run as many, for their gradients meet
     for i in tqdm(range(passes), "update", leave=False, disable=None if distributed.rank() == 0 else True):
         # A rank with fewer pieces than another runs its first response with an empty mask: it counts nowhere.
         members, rows = pieces[i] if i < len(pieces) else ([0], [0])
         real = mask[rows] & (i < len(pieces))
-        ids, need = rollout.response_ids[rows], active[rows] & real
+        ids, need = rollout.response_ids[rows], choose if active is None else active[rows] & real
         with distributed.meeting(engine, last=i == passes - 1):
             logprobs, entropy = engine([rollout.prompts[q] for q in members], ids, mask[rows], need, cfg.entropy_penalty > 0)
+            need = active_tokens(batch, cfg) if active is None else need
             value, metrics = loss.policy_loss(
                 logprobs,
                 batch.old_logprobs[rows],
@@ -361,9 +381,12 @@ def train_step(engine, optimizer, dataset, cfg, step, position):
         if batch is None:  # not one group with signal in max_rounds rounds: nothing to learn from
             return metrics | {"seconds_rollout": clock[1] - clock[0]}, position, None
 
-        measure(policy, batch, cfg)
+        # A step of a single pass needs no scoring pass: the update's own hidden states give old log-probs (the ratio is 1) and S.
+        pieces = len(list(batch.rollout.micro_batches(cfg.tokens_per_batch)))
+        if cfg.updates_per_rollout > 1 or cfg.shard or max(distributed.gather([pieces])) > 1:
+            measure(policy, batch, cfg)
+            modulate(batch, cfg)
         clock.append(time.perf_counter())
-    modulate(batch, cfg)
 
     # The update a group belongs to follows from its number among the groups of all ranks.
     first = sum(distributed.gather([len(batch.examples)])[: distributed.rank()])

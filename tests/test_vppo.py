@@ -122,6 +122,34 @@ def test_masks_follow_seed_and_position_not_place_in_the_batch(raw_policy, batch
     assert not torch.allclose(first.dependency, other.dependency, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("extra", [{}, {"entropy_penalty": 0.06}, {"mask_per": "rollout"}])
+def test_a_step_of_one_pass_gives_the_same_numbers(raw_policy, batch, method, extra):
+    """An update of a batch that was not measured measures it from its own hidden states."""
+    cfg, ready = prepared(raw_policy, batch, method=method, **extra)
+    expected = gradient(raw_policy, ready, cfg)
+    fresh = copy.copy(batch)
+    ours = gradient(raw_policy, fresh, cfg)
+    assert (ours - expected).norm() < 1e-5 * expected.norm()
+    assert torch.equal(fresh.token_mask, ready.token_mask) and torch.allclose(fresh.alpha, ready.alpha, rtol=1e-6)
+    for name in ("old_logprobs", "entropy", "dependency", "advantages"):
+        assert torch.allclose(getattr(fresh, name), getattr(ready, name), atol=1e-6), name
+
+
+def test_which_steps_are_one_pass(policy, monkeypatch):
+    calls = []
+    measured = vppo.measure
+    monkeypatch.setattr(vppo, "measure", lambda *words: calls.append(len(words)) or measured(*words))
+    optimizer = torch.optim.SGD(policy.parameters())
+    norms = []
+    for fields in ({}, {"tokens_per_batch": 500}, {"updates_per_rollout": 2}):
+        cfg = Config(**{"prompts_per_step": 4, "group_size": 4, "updates_per_rollout": 1, "lr": 0.0} | fields)
+        metrics, _, _ = train_step(policy, optimizer, data.Digits("train"), cfg, 0, 0)
+        norms.append(metrics["grad_norm"])
+    assert calls == [4, 3, 3]  # with hidden states; without
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
 def test_first_update_has_ratio_one_and_clips_nothing_later_ones_do(policy):
     cfg = Config(prompts_per_step=4, group_size=4, updates_per_rollout=1, steps=10, lr=3e-3)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
