@@ -139,7 +139,9 @@ def generate(policy, prompts, group_size, max_new_tokens=64, temperature=1.0, to
         else:
             batch = collate(chunk, group_size, policy.pad_id, policy.device)
         with policy.precision():
-            sequences = policy.model.generate(**batch, **inputs, generation_config=settings, logits_processor=[tick])
+            # synced_gpus would make the ranks of a sharded model take every token together; its weights are whole here.
+            words = dict(generation_config=settings, logits_processor=[tick], synced_gpus=False)
+            sequences = policy.model.generate(**batch, **inputs, **words)
         parts.append(cut(policy, chunk, sequences[:, batch["input_ids"].shape[1] :]))
     bar.close()
     policy.train(was_training)
