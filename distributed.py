@@ -9,6 +9,7 @@ divisor, logged means) it asks here, so the step does not depend on how the batc
 
 import contextlib
 import os
+import sys
 from datetime import timedelta
 
 import torch
@@ -27,16 +28,26 @@ def start(always=False, minutes=60):
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized() and ("WORLD_SIZE" in os.environ or always):
-        alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        store, number, ranks = next(dist.rendezvous("env://")) if "WORLD_SIZE" in os.environ else (dist.HashStore(), 0, 1)
+        # After a restart the store may still hold the addresses of processes that are gone: a name of its own for each start.
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # gloo moves what lies in CPU memory (counts, rewards), nccl what lies on a GPU (gradients, weights).
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=minutes), **alone)
+        group = dict(store=store, rank=number, world_size=ranks, timeout=timedelta(minutes=minutes))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **group)
     return device
 
 
-def stop():
-    """Leave the process group: last of all, when no engine is left that holds on to it (else the process may hang on its way out)."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def leave(error=None):
+    """End the process: status 0, or 1 with a sentence on stderr. Several ranks skip Python's clean-up: torch's threads may hang in it."""
+    if not dist.is_initialized():
+        sys.exit(error)
+    if error:
+        print(error, file=sys.stderr)
+    else:
+        dist.barrier()  # no rank goes while another still talks to it
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if error else 0)
 
 
 def rank():

@@ -9,7 +9,6 @@ The intervals are clustered by prompt: the k answers to one prompt are no indepe
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +121,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-        distributed.stop()
     except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"eval.py: {error}")
+        distributed.leave(f"eval.py: {error}")
+    distributed.leave()

@@ -319,6 +319,6 @@ def sentence(error):
 if __name__ == "__main__":
     try:
         main()
-        distributed.stop()
     except (ValueError, ImportError, OSError, torch.OutOfMemoryError) as error:
-        sys.exit(sentence(error))
+        distributed.leave(sentence(error))
+    distributed.leave()

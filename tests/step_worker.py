@@ -77,4 +77,4 @@ def main(folder):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    distributed.stop()
+    distributed.leave()
