@@ -33,7 +33,9 @@ def save_checkpoint(policy, optimizer, folder, progress, keep=0):
     keep: how many of the newest to keep, 0 all. Raises OSError in one sentence if it cannot be written; nothing older is lost.
     """
     target = Path(folder) / "checkpoints" / f"step-{progress['step']:06d}"
-    weights, states = get_model_state_dict(policy, options=WHOLE), get_optimizer_state_dict(policy, optimizer, options=WHOLE)
+    weights = get_model_state_dict(policy, options=WHOLE)
+    # Before the first update there is no state, and asking for it would make the optimizer take a step.
+    states = get_optimizer_state_dict(policy, optimizer, options=WHOLE) if optimizer.state else None
     failure = None
     if distributed.rank() == 0:
         staging = target.with_name(f".{target.name}")
@@ -42,7 +44,7 @@ def save_checkpoint(policy, optimizer, folder, progress, keep=0):
             staging.mkdir(parents=True)
             save(policy, staging, {name.removeprefix("model."): tensor for name, tensor in weights.items()})
             torch.save({"optimizer": states, "progress": progress}, staging / "trainer.pt")
-            shutil.rmtree(target, ignore_errors=True)  # the same step of a run that was taken up from an earlier one
+            os.sync()  # the name must not reach the disk before the content
             os.rename(staging, target)
             for old in every(folder)[keep:] if keep else []:
                 shutil.rmtree(old)
@@ -56,7 +58,7 @@ def save_checkpoint(policy, optimizer, folder, progress, keep=0):
 
 def every(folder):
     """The run's checkpoint folders, newest first. Unfinished ones start with a dot and are none."""
-    return sorted((Path(folder) / "checkpoints").glob("step-*"), reverse=True)
+    return sorted((Path(folder) / "checkpoints").glob("step-" + "[0-9]" * 6), reverse=True)
 
 
 def damage(path):
@@ -79,25 +81,31 @@ def damage(path):
 def checkpoint_of(path):
     """The checkpoint to go on from: `path` if it is one, else the newest whole one of the run at `path`, or None.
 
-    Says which damaged ones it passes over. Raises ValueError if a checkpoint asked for by name is damaged or not there.
+    Says which damaged ones it passes over, and renames them. Raises ValueError if a checkpoint asked for by name is damaged or
+    not there, or if a run has checkpoints and none is whole: then something else is wrong, and starting again would lose all.
     """
     if path.parent.name == "checkpoints":
         problem = damage(path)
         if problem:
             raise ValueError(f"--resume {path} is not a whole checkpoint ({problem}): take another, or the run's folder")
         return path
-    for candidate in every(path):
-        problem = damage(candidate)
-        if problem is None:
-            return candidate
-        print(f"checkpoint {candidate} is damaged ({problem}): going on from the one before it", flush=True)
-    return None
+    problems = {candidate: damage(candidate) for candidate in every(path)}
+    whole = next((candidate for candidate, problem in problems.items() if problem is None), None)
+    if problems and whole is None:
+        raise ValueError(f"--resume {path}: none of its {len(problems)} checkpoints can be read ({problems[every(path)[0]]})")
+    for candidate in problems:
+        if candidate == whole:
+            break
+        print(f"checkpoint {candidate} is damaged ({problems[candidate]}): going on from the one before it", flush=True)
+        candidate.rename(candidate.with_name(f"damaged-{candidate.name}"))
+    return whole
 
 
 def restore(policy, optimizer, path):
     """Load the optimizer's state of a checkpoint (the weights were loaded with the model); returns its `progress`."""
-    state = torch.load(Path(path) / "trainer.pt", weights_only=True, map_location="cpu")
-    set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
+    state = torch.load(Path(path) / "trainer.pt", weights_only=True, map_location="cpu", mmap=True)
+    if state["optimizer"]:
+        set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
     return state["progress"]
 
 
@@ -105,11 +113,14 @@ def clean(folder, path):
     """Make the run's folder as it was when checkpoint `path` (None: the start) was written: newer checkpoints, newer lines go."""
     step = int(path.name.removeprefix("step-")) if path else 0
     checkpoints = Path(folder) / "checkpoints"
-    for other in [*checkpoints.glob(".*"), *(c for c in every(folder) if int(c.name.removeprefix("step-")) > step)]:
+    for other in [*checkpoints.glob(".step-*"), *(c for c in every(folder) if int(c.name.removeprefix("step-")) > step)]:
         shutil.rmtree(other)
     for file in (Path(folder) / "metrics.jsonl", Path(folder) / "samples.jsonl"):
         if file.exists():
-            lines = [line for line in file.read_text().split("\n")[:-1] if json.loads(line)["step"] <= step]  # the last may be torn
+            lines = file.read_text().split("\n")[:-1]  # what follows the last line's end is nothing, or a torn line
+            lines = [line for line in lines if json.loads(line)["step"] <= step]
             staging = file.with_suffix(".new")
             staging.write_text("".join(line + "\n" for line in lines))
             os.replace(staging, file)
+    for file in ("summary.json", "test-after.jsonl"):
+        (Path(folder) / file).unlink(missing_ok=True)

@@ -102,7 +102,7 @@ def probability_drop(logits, masked_logits, ids):
 def k3(logits, masked_logits, ids):
     """The official code's estimate of Eq. 3 from the one sampled token: d = log p'(o_t) - log p(o_t), S = e^d - d - 1.
 
-    d is clamped to +-20 and S to 0..10. Its mean over o_t ~ p is KL(p || p'), but a single draw says little (README).
+    d is clamped to +-20 and S to 0..10. Its mean over o_t ~ p is KL(p || p'), but a single draw says little.
 
     Example: p(o) = 1/2, p'(o) = 1/4: d = -log 2, S = 1/2 + log 2 - 1 = 0.1931.
     """
@@ -117,7 +117,7 @@ METRICS = {"kl": kl, "jsd": jsd, "drop": probability_drop, "k3": k3}
 # The two scoring passes
 # ---------------------------------------------------------------------------------------------------------------------
 def mask_images(images, mask, key):
-    """Masked copies of one prompt's images, drawn by a generator keyed by the integers `key` (seed, step, prompt)."""
+    """Masked copies of one prompt's images, drawn by a generator keyed by the integers `key` (seed, position in the data, draw)."""
     rng = np.random.default_rng(key)
     return [MASKS[mask](image.convert("RGB"), rng) for image in images]
 
@@ -171,4 +171,4 @@ def score_tokens(head, states, masked_states, ids, metric="kl", chunk_elements=2
             results["dependency"].append(torch.zeros(len(logits), device=logits.device))
         else:
             results["dependency"].append(METRICS[metric](logits, head(masked_states[chunk]), ids[chunk]))
-    return {key: torch.cat(values) if values else torch.zeros(0) for key, values in results.items()}
+    return {key: torch.cat(values) if values else states.new_zeros(0, dtype=torch.float32) for key, values in results.items()}

@@ -30,7 +30,9 @@ def start(always=False, minutes=60):
     if not dist.is_initialized() and ("WORLD_SIZE" in os.environ or always):
         store, number, ranks = next(dist.rendezvous("env://")) if "WORLD_SIZE" in os.environ else (dist.HashStore(), 0, 1)
         # After a restart the store may still hold the addresses of processes that are gone: a name of its own for each start.
-        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        # Several nodes count restarts each for itself, so there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has to do it (README).
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # gloo moves what lies in CPU memory (counts, rewards), nccl what lies on a GPU (gradients, weights).
         group = dict(store=store, rank=number, world_size=ranks, timeout=timedelta(minutes=minutes))
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **group)
@@ -38,7 +40,10 @@ def start(always=False, minutes=60):
 
 
 def leave(error=None):
-    """End the process: status 0, or 1 with a sentence on stderr. Several ranks skip Python's clean-up: torch's threads may hang in it."""
+    """End the process: with status 0, or with 1 and a sentence on stderr.
+
+    A rank among several skips Python's clean-up, in which torch's communication threads can hang or abort.
+    """
     if not dist.is_initialized():
         sys.exit(error)
     if error:
@@ -60,19 +65,13 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def barrier():
-    """Wait until all ranks are here."""
-    if world() > 1:
-        dist.barrier()
-
-
 def total(value):
-    """The sum of a number or tensor over all ranks."""
+    """The sum of a number over all ranks."""
     if world() == 1:
         return value
-    tensor = torch.as_tensor(value, dtype=torch.float64 if isinstance(value, (int, float)) else None).clone()
+    tensor = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(tensor)
-    return type(value)(tensor.item()) if isinstance(value, (int, float)) else tensor
+    return type(value)(tensor.item())
 
 
 def gather(objects):
@@ -94,8 +93,7 @@ def engine(policy, shard=False):
     bfloat16 the units gather bfloat16 weights for computing; master weights and the averaging of gradients stay float32.
     """
     if not shard:
-        # bucket_view: gradients live where they are exchanged, in one copy.
-        return DistributedDataParallel(policy, forward_sync_buffers=False, gradient_as_bucket_view=True) if world() > 1 else policy
+        return DistributedDataParallel(policy, forward_sync_buffers=False) if world() > 1 else policy
     precision = MixedPrecisionPolicy(param_dtype=policy.compute_dtype, reduce_dtype=torch.float32)
     for module in [m for m in policy.modules() if type(m).__name__ in (policy.model._no_split_modules or [])]:
         fully_shard(module, mp_policy=precision)

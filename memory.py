@@ -54,7 +54,8 @@ def memory_per_gpu(
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     layers, query = text.num_hidden_layers, text.num_attention_heads * head_size
     prompt, length = image_tokens + text_tokens, image_tokens + text_tokens + response_tokens
-    kv_cache = layers * 2 * text.num_key_value_heads * head_size * b * length  # bytes a response
+    cached = 4 if bf16 and not shard else b  # autocast leaves rotated keys and values in float32
+    kv_cache = layers * 2 * text.num_key_value_heads * head_size * cached * length  # bytes a response
     outer = 4 * text.hidden_size  # a layer's input, bytes a token, float32
     inner = layer_bytes(text.hidden_size, query, text.intermediate_size, length, bf16)
     # The vision tower by the same formula, per prompt; where patches are merged, several make one image token.
@@ -88,6 +89,7 @@ def memory_per_gpu(
     total, root, unit = count_parameters(config)
     own = total / gpus if shard else total
     fixed = {"parameters": 4 * own, "adam": 8 * own}
+    fixed["ddp buckets"] = 4 * total if gpus > 1 and not shard else 0  # a second copy of the gradients, to exchange them
     # Weights in the compute type beside the float32 ones: autocast copies all; FSDP gathers all to generate, to score and to
     # update with a shared prompt (distributed.meeting), else the root, a layer and the next.
     whole = b * total if shard or bf16 else 0
@@ -106,7 +108,7 @@ def memory_per_gpu(
             "logits": 8 * chunk * row,  # logits, p and log p of both images, and the terms of the KL
         },
         "update": {
-            "gradients": 4 * own,  # freed before the next rollout; DDP exchanges them where they lie, fused AdamW works in place
+            "gradients": 4 * own,  # freed before the next rollout; fused AdamW works in place
             "compute weights": gathered, "unsharded gradients": b * (root + unit) if shard else 0,
             "activations": activations(prompts, responses, tokens, share_update, keep),
             "logits": 4 * -(-tokens * k // 1) * row,  # the kept tokens' logits, and three tensors in the backward pass
@@ -139,7 +141,7 @@ def main():
     """Print the table."""
     rows = []  # name, config, arguments, GPUs, shard, activation checkpointing
     for name, entry in MODELS.items():
-        for gpus, shard in [(1, False), (8, True)] + [(32, True)] * (name == "32B"):
+        for gpus, shard in [(1, False), (8, False), (8, True)] + [(32, True)] * (name == "32B"):
             rows += [(f"Qwen2.5-VL-{name}", *qwen(**entry), gpus, shard, checkpointing) for checkpointing in (False, True)]
     work = dict(image_tokens=3, text_tokens=23, response_tokens=Config.max_new_tokens, bf16=False)
     rows.append(("tiny, float32", tiny.build_model(tiny.build_processor(), **tiny.RECIPE).config, work, 1, False, False))
@@ -149,7 +151,7 @@ def main():
     print("|---" * 10 + "|")
     for name, config, work, gpus, shard, checkpointing in rows:
         sizes = memory_per_gpu(config, gpus, shard, activation_checkpointing=checkpointing, **work)
-        cells = [name, gpus if shard else "any", "yes" if shard else "no", "yes" if checkpointing else "no"]
+        cells = [name, gpus, "yes" if shard else "no", "yes" if checkpointing else "no"]
         cells += [f"{sizes[phase]['total']:.1f}" for phase in ("rollout", "score", "update")]
         cells += [f"{sizes['peak']:.1f}", "yes" if sizes["peak"] * 2**30 <= 80e9 else "no", "computed"]
         print(f"| {' | '.join(map(str, cells))} |")

@@ -19,6 +19,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
@@ -156,6 +157,27 @@ def neutral_generation_config(policy):
     return GenerationConfig(eos_token_id=policy.eos_ids, pad_token_id=policy.pad_id)
 
 
+class RoomyLayer(DynamicLayer):
+    """A cache layer with room for the tokens to come, each written in place; DynamicLayer copies the whole cache for each.
+
+    For generation only: writing in place would break a backward pass.
+    """
+
+    def __init__(self, layer, tokens):
+        super().__init__()
+        self.__dict__.update(vars(layer))
+        self.room = [torch.cat([t, t.new_empty(*t.shape[:2], tokens, t.shape[3])], dim=2) for t in (layer.keys, layer.values)]
+        self.keys, self.values = (buffer[:, :, : layer.keys.shape[2]] for buffer in self.room)  # (B, heads, length, head size)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Append keys and values of new tokens, (B, heads, n, head size); returns those of all tokens so far."""
+        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        for buffer, new in zip(self.room, (key_states, value_states)):
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.room)
+        return self.keys, self.values
+
+
 class Policy(nn.Module):
     """pi_theta: a model and the one distribution that is both sampled and scored.
 
@@ -195,8 +217,8 @@ class Policy(nn.Module):
                 return {}
         return {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 
-    def prefill(self, prompts, copies):
-        """Run each prompt once, but for its last token, and repeat its cache `copies` times.
+    def prefill(self, prompts, copies, room=0):
+        """Run each prompt once, but for its last token, and repeat its cache `copies` times, with room for so many tokens.
 
         Returns (cache, batch, offset). batch: the collated prompts' per-token tensors, repeated too. offset (B, 1): what to
         add to a token's count of real predecessors to get its position (in Qwen's three-axis positions an image advances by
@@ -210,6 +232,8 @@ class Policy(nn.Module):
         with self.precision():
             cache = body(**inputs, **self.positions(inputs), use_cache=True).past_key_values
         cache.batch_repeat_interleave(copies)
+        if room:
+            cache.layers = [RoomyLayer(layer, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         offset = getattr(body, "rope_deltas", None)  # (Q, 1), set by the forward pass above
         if offset is None:
             offset = per_token["input_ids"].new_zeros(len(prompts), 1)
@@ -220,20 +244,19 @@ class Policy(nn.Module):
         """The hidden state that predicts each response token: (B, T, H), rows of len(response_ids) // len(prompts) a prompt."""
         copies = len(response_ids) // len(prompts)
         body = self.model.base_model
-        if self.shares():
-            cache, batch, offset = self.prefill(prompts, copies)
-            ids = torch.cat([batch["input_ids"][:, -1:], response_ids[:, :-1]], dim=1)  # (B, T)
-            mask = torch.cat([batch["attention_mask"], response_mask[:, :-1].long()], dim=1)  # (B, L + T - 1)
-            position = (mask.cumsum(1) - 1)[:, -ids.shape[1] :] + offset  # the same on all three axes: text has no grid
-            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "past_key_values": cache}
-            with self.precision():
+        with self.precision():  # one context for both passes, so that weights are cast once
+            if self.shares():
+                cache, batch, offset = self.prefill(prompts, copies)
+                ids = torch.cat([batch["input_ids"][:, -1:], response_ids[:, :-1]], dim=1)  # (B, T)
+                mask = torch.cat([batch["attention_mask"], response_mask[:, :-1].long()], dim=1)  # (B, L + T - 1)
+                position = (mask.cumsum(1) - 1)[:, -ids.shape[1] :] + offset  # the same on all three axes: text has no grid
+                inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "past_key_values": cache}
                 return body(**inputs, use_cache=True)[0]
-        batch = collate(prompts, copies, self.pad_id, self.device)
-        start = batch["input_ids"].shape[1] - 1  # the column of the last prompt token
-        tail = {"input_ids": response_ids[:, :-1], "attention_mask": response_mask[:, :-1].long()}
-        for key in [key for key in batch if is_per_token(batch, key)]:  # token types of a response: 0, plain text
-            batch[key] = torch.cat([batch[key], tail.get(key, torch.zeros_like(response_ids[:, :-1]))], dim=1)
-        with self.precision():
+            batch = collate(prompts, copies, self.pad_id, self.device)
+            start = batch["input_ids"].shape[1] - 1  # the column of the last prompt token
+            tail = {"input_ids": response_ids[:, :-1], "attention_mask": response_mask[:, :-1].long()}
+            for key in [key for key in batch if is_per_token(batch, key)]:  # token types of a response: 0, plain text
+                batch[key] = torch.cat([batch[key], tail.get(key, torch.zeros_like(response_ids[:, :-1]))], dim=1)
             return body(**batch, **self.positions(batch), use_cache=False)[0][:, start:]
 
     def logits(self, states):

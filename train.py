@@ -18,6 +18,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from vppo import Config, check, command_line, train_step
 
 PATIENCE = 10  # updates in a row without a finite gradient before a run gives up
 # What may differ from config.json when a run is resumed: it changes speed, memory and files, not what is computed.
-MAY_CHANGE = set("tokens_per_batch responses_at_once share_prompt shard activation_checkpointing save_every keep log output".split())
+MAY_CHANGE = set("tokens_per_batch share_prompt shard activation_checkpointing save_every keep log".split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,17 +44,24 @@ def parse(argv=None):
     """Command line -> (Config, what to resume). ValueError in one sentence.
 
     `--config FILE.json` gives values that other flags override. `--resume [PATH]` does the same with the config.json of the run
-    that goes on. What to resume: None, a run's folder (its newest whole checkpoint) or a checkpoint's.
+    that goes on. What to resume: None, a run's folder (its newest whole checkpoint) or a checkpoint's. Under `torchrun
+    --max-restarts` a run whose --output exists goes on by itself: whichever process starts again, and however often.
     """
     parser = command_line(Config, __doc__)
     parser.add_argument("--config", help="JSON file with any of these fields; flags override it")
-    parser.add_argument("--resume", nargs="?", const="", help="go on from the last whole checkpoint, or from the one at this path")
+    text = "go on from the last whole checkpoint, or from the one at this path (newer ones of its run are removed)"
+    parser.add_argument("--resume", nargs="?", const="", help=text)
     argv = sys.argv[1:] if argv is None else list(argv)
     flags = parser.parse_args(argv)
+    if flags.config:
+        argv = as_words(read_fields(flags.config, "--config")) + argv
+        flags = parser.parse_args(argv)
     resume = flags.resume
-    if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        resume = existing_run(flags)  # torchrun --max-restarts: none yet if the fault came before the run's first file
-    elif resume == "":
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        if not flags.output:
+            raise ValueError("torchrun --max-restarts needs --output FOLDER, so that a restart finds its run")
+        resume = existing_run(flags) or resume
+    if resume == "":
         resume = existing_run(flags)
         if resume is None:
             raise ValueError(f"--resume finds no run in {flags.output or default_folder(flags)}: give its folder with --output")
@@ -62,9 +70,9 @@ def parse(argv=None):
         resume = Path(resume)
         run = run_of(resume)
         saved = read_fields(run / "config.json", "--resume")
-        argv = [*argv, "--output", str(run)]
-    if flags.config:
-        argv = as_words(read_fields(flags.config, "--config")) + argv
+        if flags.output and Path(flags.output).resolve() != run.resolve():
+            raise ValueError(f"--output {flags.output} is not the folder of --resume {resume}: leave one of them out")
+        argv = [*argv, f"--output={run}"]
     namespace = vars(parser.parse_args(as_words(saved) + argv))
     cfg = Config(**{field.name: namespace[field.name] for field in dataclasses.fields(Config)})
     check(cfg)
@@ -73,7 +81,8 @@ def parse(argv=None):
         differences = ", ".join(f"{name} {saved[name]} -> {getattr(cfg, name)}" for name in sorted(changed))
         if changed - MAY_CHANGE:
             raise ValueError(f"--resume {resume}: the run would not be the same one ({differences}): leave these flags out")
-        print(f"resuming with {differences}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"resuming with {differences}")
     return cfg, resume
 
 
@@ -95,7 +104,7 @@ def as_words(values):
     """Fields as words of a command line: put before the real ones, they are checked like flags and overridden by them."""
     words = []
     for name, value in values.items():
-        words += [] if value is None else [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+        words += [] if value is None else [f"--{name}={value if isinstance(value, str) else json.dumps(value)}"]
     return words
 
 
@@ -114,9 +123,9 @@ def existing_run(cfg):
     candidates = [Path(cfg.output)] if cfg.output else numbered(default_folder(cfg))
     last = None
     for folder in candidates:
-        if not (folder / "config.json").exists():
+        if not folder.exists():
             break
-        last = folder
+        last = folder if (folder / "config.json").exists() else last
     return last
 
 
@@ -130,6 +139,22 @@ def output_folder(cfg):
     if cfg.output and (Path(cfg.output) / "config.json").exists():
         raise ValueError(f"--output {cfg.output} already holds a run's config.json: choose another folder, or --resume it")
     return Path(cfg.output) if cfg.output else next(folder for folder in numbered(default_folder(cfg)) if not folder.exists())
+
+
+def open_folder(folder, cfg, resume, path):
+    """Make a new run's folder, or bring a resumed one to the state it had at checkpoint `path`; write config.json."""
+    text = json.dumps(dataclasses.asdict(cfg), indent=2) + "\n"
+    try:
+        if resume:
+            clean(folder, path)
+            (folder / "config.new").write_text(text)
+            os.replace(folder / "config.new", folder / "config.json")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "config.json", "x") as file:  # x: an error if another run was faster
+                file.write(text)
+    except OSError as error:
+        raise ValueError(f"--output {folder} cannot be written: {error.strerror}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,21 +188,21 @@ def sample_of(batch, step):
     }
 
 
-def board(cfg, folder):
-    """A TensorBoard writer, or None."""
+def board(cfg, folder, step):
+    """A TensorBoard writer that forgets what an earlier life of the run wrote after `step`, or None."""
     if not cfg.log or distributed.rank():
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError("--log tensorboard needs: pip install tensorboard") from error
-    return SummaryWriter(folder)
+    return SummaryWriter(folder, purge_step=step + 1)
 
 
 def watch_signals():
     """From now on Ctrl-C and SIGTERM ask the run to finish its step, save and leave: the list returned is then not empty.
 
-    A second Ctrl-C ends the process at once, but under torchrun, which passes on what the terminal has already sent to all.
+    A second Ctrl-C ends a single process at once. Under torchrun a rank may get the same request twice, so it waits for the step.
     """
     asked = []
 
@@ -202,29 +227,27 @@ def main(argv=None):
 
     # Distributed: rank 0 decides where the run lives and where it starts, the others hear of it.
     device = distributed.start(cfg.shard)
+    if cfg.prompts_per_step < distributed.world():
+        raise ValueError(f"--prompts_per_step {cfg.prompts_per_step} must be at least the number of ranks, {distributed.world()}")
     first = distributed.rank() == 0
     path = None
     if first:
-        if resume:
-            path = checkpoint_of(resume)
-            clean(run_of(resume), path)
+        path = checkpoint_of(resume) if resume else None
         folder = run_of(resume) if resume else output_folder(cfg)
         model_folder, seconds_warmup = tiny.ensure() if cfg.model == "tiny" else (cfg.model, 0.0)
-    folder, path, model_folder, seconds_warmup = distributed.gather([(folder, path, model_folder, seconds_warmup) if first else None])[0]
+    decided = distributed.gather([(folder, path, model_folder, seconds_warmup) if first else None])
+    folder, path, model_folder, seconds_warmup = decided[0]
 
     # Model and optimizer
     torch.manual_seed(cfg.seed)
-    policy = Policy(*load(str(path or model_folder), device), cfg.temperature, cfg.share_prompt, cfg.dtype).train()
+    parts = load(str(path or model_folder), "cpu" if cfg.shard else device)  # FSDP2 moves a unit at a time to the device
+    policy = Policy(*parts, cfg.temperature, cfg.share_prompt, cfg.dtype).train()
     if cfg.activation_checkpointing:
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.model.activation_checkpointing_enable()
     engine = distributed.engine(policy, cfg.shard)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
     if first:  # only now: a run that fails to start leaves nothing behind
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-        except OSError as error:
-            raise ValueError(f"--output {folder} cannot be written: {error.strerror}") from error
+        open_folder(folder, cfg, resume, path)
     progress = {"step": 0, "position": 0, "seconds": 0.0, "bad": 0, "before": None}
     if path:
         progress = restore(policy, optimizer, path)
@@ -250,9 +273,11 @@ def main(argv=None):
         return scores
 
     # The loop
+    writer = board(cfg, folder, progress["step"])
     progress["before"] = progress["before"] or test("before")
-    writer, asked = board(cfg, folder), watch_signals()
-    bar = tqdm(range(progress["step"], cfg.steps), cfg.method, disable=None if first else True, initial=progress["step"], total=cfg.steps)
+    asked = watch_signals()
+    todo = range(progress["step"], cfg.steps)
+    bar = tqdm(todo, cfg.method, disable=None if first else True, initial=progress["step"], total=cfg.steps)
     for step in bar:
         metrics, progress["position"], batch = train_step(engine, optimizer, train_data, cfg, step, progress["position"])
         last = step + 1 == cfg.steps
@@ -273,17 +298,23 @@ def main(argv=None):
         skipped = metrics.get("updates_skipped", 0)
         progress["bad"] = progress["bad"] + skipped if skipped == cfg.updates_per_rollout else 0
         if progress["bad"] >= PATIENCE:
-            raise ValueError(f"{progress['bad']} updates in a row had no finite gradient (step {step + 1}): try a smaller --lr, or "
-                             "--dtype float32; the weights are those before the first of them")  # fmt: skip
+            raise ValueError(f"{progress['bad']} updates in a row had no finite gradient (step {step + 1}): start a new run with "
+                             "--model CHECKPOINT and a smaller --lr, or --dtype float32; they left the weights as they were")  # fmt: skip
         progress |= {"step": step + 1, "seconds": time.time() - start}
-        leave = distributed.total(len(asked)) > 0 and not last  # all ranks leave together
+        leave = distributed.total(len(asked)) > 0  # all ranks leave together
         if leave or (cfg.save_every and ((step + 1) % cfg.save_every == 0 or last)):
             save_checkpoint(policy, optimizer, folder, progress, cfg.keep)
         if leave:
             bar.close()
+            if writer:
+                writer.close()
             if first:
                 print(f"stopped after step {step + 1}, which is saved; go on with: --resume {folder}")
             return None
+    for number in (signal.SIGTERM, signal.SIGINT):  # nothing is left that could be lost
+        signal.signal(number, signal.SIG_DFL)
+    if writer:
+        writer.close()
     after = test("after")
 
     # The end: a table
@@ -321,4 +352,7 @@ if __name__ == "__main__":
         main()
     except (ValueError, ImportError, OSError, torch.OutOfMemoryError) as error:
         distributed.leave(sentence(error))
+    except Exception:  # among them what a rank sees when another has died
+        traceback.print_exc()
+        distributed.leave("train.py: stopped by the error above")
     distributed.leave()

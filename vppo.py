@@ -54,7 +54,7 @@ def command_line(config, description):
 
 @dataclass
 class Config:
-    """Everything a run depends on. Defaults are the laptop run; configs/ holds the paper's. One field, one flag."""
+    """Everything a run depends on. Defaults are the laptop run, the paper's values stand beside them. One field, one flag."""
 
     # What to train
     model: str = option("tiny", "'tiny' (built and warmed up here), a folder in Hugging Face format, or a hub id")
@@ -97,13 +97,13 @@ class Config:
     entropy_form: str = option("exact", "exact, or sampled as in the official code")
     # Running it
     tokens_per_batch: int = option(16384, "tokens in one forward pass: memory, not results")
-    responses_at_once: int = option(1024, "responses in one call of generate: memory, not results")
+    responses_at_once: int = option(1024, "responses in one call of generate: memory (and which samples are drawn)")
     share_prompt: bool = option(True, "run a prompt once for its whole group; --no_share_prompt repeats it")
     dtype: str = option("float32", "float32 or bfloat16: of computing; weights, gradients and Adam states stay float32")
     shard: bool = option(False, "FSDP2: weights, gradients and Adam states are split over the ranks")
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower updates")
     eval_every: int = option(20, "validation every so many steps; 0 never")
-    eval_prompts: int = option(64, "validation prompts")
+    eval_prompts: int = option(64, "validation prompts; 0 takes all")
     test_prompts: int = option(512, "held-out prompts of the final table; 0 skips it")
     eval_samples: int = option(8, "responses per evaluated prompt: the 8 of avg@8")
     save_every: int = option(50, "checkpoint every so many steps; the last step always; 0 never")
@@ -138,7 +138,7 @@ def check(cfg):
     ]
     for name in ("prompts_per_step", "max_new_tokens", "max_prompt_tokens", "max_rounds", "updates_per_rollout", "tokens_per_batch"):
         rules.append((getattr(cfg, name) >= 1, f"--{name} must be at least 1, got {getattr(cfg, name)}"))
-    for name in ("steps", "eval_every", "eval_prompts", "test_prompts", "save_every", "keep"):
+    for name in ("steps", "eval_every", "eval_prompts", "test_prompts", "save_every", "keep", "seed"):
         rules.append((getattr(cfg, name) >= 0, f"--{name} must not be negative, got {getattr(cfg, name)}"))
     if cfg.updates_per_rollout > cfg.prompts_per_step:
         rules.append((False, f"--updates_per_rollout {cfg.updates_per_rollout} exceeds --prompts_per_step {cfg.prompts_per_step}"))
@@ -351,7 +351,7 @@ def update(engine, optimizer, batch, groups, cfg):
     norm = torch.nn.utils.clip_grad_norm_(engine.parameters(), cfg.max_grad_norm)
     sums["grad_norm"] = getattr(norm, "full_tensor", lambda: norm)().item()  # of a sharded gradient: over all shards
     sums["skipped"] = not math.isfinite(sums["grad_norm"])
-    if not sums["skipped"]:
+    if not sums["skipped"] and sums["grad_norm"] > 0:  # 0: no token had a gradient; momentum alone should not move the weights
         optimizer.step()
     return sums
 

@@ -28,6 +28,7 @@ CUTS = {
     "checkpointing": (False, 60, {"activation_checkpointing": True}),
     "sharded": (True, 10**6, {}),
     "sharded, one": (True, 1, {}),
+    "sharded, checkpointing": (True, 60, {"activation_checkpointing": True}),
 }
 
 

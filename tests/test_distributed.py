@@ -52,7 +52,7 @@ def results(tmp_path_factory):
 
 
 # What each cut must agree with: the same settings in one process, one micro-batch.
-SAME = {"three": "all", "one": "all", "checkpointing": "all", "sharded": "all", "sharded, one": "all"}
+SAME = {"three": "all", "one": "all", "checkpointing": "all", "sharded": "all", "sharded, one": "all", "sharded, checkpointing": "all"}
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

@@ -71,10 +71,11 @@ def test_master_weights_gradients_and_adam():
     assert sizes["peak"] == max(sizes[phase]["total"] for phase in ("rollout", "score", "update"))
 
 
-def test_sharding_divides_by_gpus_and_replicas_do_not():
+def test_sharding_divides_by_gpus_and_replicas_add_buckets():
     cases = [(1, False), (8, False), (8, True)]
     one, replicas, sharded = (memory_per_gpu(small(), gpus, shard, **WORK) for gpus, shard in cases)
-    assert replicas == one
+    copy = {"ddp buckets": pytest.approx(4 * TOTAL / GIB), "total": pytest.approx(one["update"]["total"] + 4 * TOTAL / GIB)}
+    assert one["update"]["ddp buckets"] == 0 and replicas["update"] == one["update"] | copy
     for part in ("parameters", "gradients", "adam"):
         assert sharded["update"][part] == pytest.approx(one["update"][part] / 8)
     for part in ("activations", "logits"):
@@ -101,11 +102,12 @@ def test_compute_weights():
 # ---------------------------------------------------------------------------------------------------------------------
 def test_kv_cache_and_logits_by_hand():
     sizes = memory_per_gpu(small(), **WORK)
-    # 2 layers x (keys, values) x 1 head x size 4 x 2 bytes = 32 bytes a token, 16 tokens a response: 512
-    assert in_bytes(sizes["rollout"])["kv cache"] == 4 * 512
-    assert in_bytes(sizes["score"])["kv cache"] == 2 * 512
+    # 2 layers x (keys, values) x 1 head x size 4 x 4 bytes = 64 bytes a token, 16 tokens a response: 1024; sharded, bf16: half
+    assert in_bytes(sizes["rollout"])["kv cache"] == 4 * 1024
+    assert in_bytes(sizes["score"])["kv cache"] == 2 * 1024
+    assert in_bytes(memory_per_gpu(small(), 8, True, **WORK)["rollout"])["kv cache"] == 4 * 512
     assert in_bytes(memory_per_gpu(small(), share_prompt=False, **WORK)["score"])["kv cache"] == 0
-    assert in_bytes(memory_per_gpu(small(), bf16=False, **WORK)["rollout"])["kv cache"] == 8 * 512
+    assert in_bytes(memory_per_gpu(small(), bf16=False, **WORK)["rollout"])["kv cache"] == 4 * 1024
     # 20 response tokens, 8 of them kept, rows of 32 x 4 bytes
     assert in_bytes(sizes["update"])["logits"] == 4 * 8 * 128
     assert in_bytes(sizes["score"])["logits"] == 8 * 20 * 128
