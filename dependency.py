@@ -117,7 +117,7 @@ METRICS = {"kl": kl, "jsd": jsd, "drop": probability_drop, "k3": k3}
 # The two scoring passes
 # ---------------------------------------------------------------------------------------------------------------------
 def mask_images(images, mask, key):
-    """Masked copies of one prompt's images, drawn by a generator keyed by the integers `key` (seed, position in the data, draw)."""
+    """Masked copies of one prompt's images, drawn by a generator keyed by the integers `key`: seed, position in the data, draw."""
     rng = np.random.default_rng(key)
     return [MASKS[mask](image.convert("RGB"), rng) for image in images]
 

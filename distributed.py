@@ -110,9 +110,9 @@ def bare(engine):
 def meeting(engine, last):
     """A context for one forward and backward pass of an update, in which the ranks' gradients meet.
 
-    DDP exchanges gradients only in the `last` backward of the update; FSDP2 in each, so that no rank ever holds all of them. FSDP2
-    gathers a layer for its backward when a gradient reaches the layer's output; through a shared prompt's cache it arrives at
-    keys and values instead, so there the weights stay whole from forward to backward.
+    DDP exchanges gradients only in the `last` backward of the update; FSDP2 in each, so that no rank ever holds all of them.
+    FSDP2 gathers a layer for its backward when a gradient reaches the layer's output; through a shared prompt's cache it
+    arrives at keys and values instead, so there the weights stay whole from forward to backward.
     """
     if isinstance(engine, DistributedDataParallel):
         return contextlib.nullcontext() if last else engine.no_sync()

@@ -1,6 +1,6 @@
 """avg@k and pass@k of any model on any data, with 95 % intervals; every response is kept.
 
-    python eval.py --model runs/vppo-digits-0/checkpoints/step-000060 --data digits --samples 8
+    python eval.py --model runs/vppo-digits-0/checkpoints/step-000100 --data digits --samples 8
     torchrun --nproc_per_node=8 eval.py --model Qwen/Qwen2.5-VL-7B-Instruct --data FOLDER --max_new_tokens 2048
 
 avg@k: each prompt is answered k times (temperature 1, top-p 1, as in the paper, Section 4); the mean of all rewards.

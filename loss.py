@@ -8,7 +8,7 @@ Shapes used throughout:
     T  response length, right padded; response_mask (B, T) is True on real tokens, the end-of-sequence token included
     V  vocabulary
 
-Where we deviate from the official code (README, "Deviations"): k*|o| is rounded up in exact arithmetic; alpha is computed
+Where we deviate from the official code (README, "Where paper, official code and this code differ"): k*|o| is rounded up in exact arithmetic; alpha is computed
 from all the trajectories it is given at once, so give it the whole batch; the exact entropy is offered beside the official
 sampled-token penalty, whose gradient is another one.
 """

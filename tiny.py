@@ -1,4 +1,4 @@
-"""A Qwen2.5-VL for a laptop: the real class with 1.2 million weights, built here and warmed up on the digits task.
+"""A Qwen2.5-VL for a laptop: the real class with 1.6 million weights, built here and warmed up on the digits task.
 
 RL with verifiable rewards sharpens what a policy can already do now and then, so it must start from a policy that can. The
 warm-up stands in for pre-training: supervised learning in three parts.
@@ -120,7 +120,8 @@ def warm_up(policy, recipe, progress=True):
     examples = [task[2**30 + i] for i in range(recipe["scenes"])]
     prompts = [encode(policy.processor, example) for example in tqdm(examples, "scenes", disable=show)]
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    follows, question = (torch.tensor(tokenizer.convert_tokens_to_ids([" " + word for word in words])) for words in (data.RESULT_FOLLOWS, "?"))
+    ids_of = lambda words: torch.tensor(tokenizer.convert_tokens_to_ids([" " + word for word in words]))  # noqa: E731
+    follows, question = ids_of(data.RESULT_FOLLOWS), ids_of(["?"])
     sort = torch.tensor([2 if data.is_reading(token) else int(data.is_computed(token)) for token in tokens])  # (V,)
 
     optimizer = torch.optim.AdamW(policy.parameters(), lr=recipe["lr"], betas=(0.9, 0.95), weight_decay=0.01)

@@ -1,6 +1,6 @@
 """Train a vision-language model with VPPO, or with the methods it is compared to. The whole loop, top to bottom.
 
-    python train.py                                 a tiny Qwen2.5-VL gets better at reading handwriting, under 5 minutes on 2 cores
+    python train.py                                 a tiny Qwen2.5-VL gets better at reading handwriting, by reward alone
     python train.py --method dapo --seed 1          the same with another method
     torchrun --nproc_per_node=8 train.py            the same on 8 GPUs (or 8 CPU processes); --shard where one GPU is too small
     python train.py --resume                        go on from the last checkpoint; --resume PATH from a given one

@@ -154,6 +154,51 @@ def test_a_truncated_file_in_the_newest_checkpoint(file, flags, reference, capsy
     assert same(state("out", 4), state(reference, 4))
 
 
+def test_nothing_is_removed_where_no_checkpoint_can_be_read(flags, reference):
+    shutil.copytree(reference, "out")
+    for path in checkpoint.every("out"):
+        (path / "trainer.pt").write_bytes(b"")
+    before = sorted(path.name for path in Path("out").rglob("*"))
+    with pytest.raises(ValueError, match="--resume out: none of its 4 checkpoints can be read"):
+        train.main(["--resume", "out"])
+    assert sorted(path.name for path in Path("out").rglob("*")) == before and len(metrics("out")) == 4
+
+
+def test_a_checkpoint_before_the_first_update_holds_no_optimizer_state(raw_policy, tmp_path):
+    """Asking AdamW for states it does not have yet would make it take a step, and the first real one would differ."""
+    optimizer = torch.optim.AdamW(raw_policy.parameters())
+    checkpoint.save_checkpoint(raw_policy, optimizer, tmp_path, {"step": 1})
+    assert not optimizer.state
+    path = checkpoint.checkpoint_of(tmp_path)
+    assert checkpoint.restore(raw_policy, optimizer, path) == {"step": 1} and not optimizer.state
+
+
+def test_a_restart_by_torchrun_finds_its_run(flags, reference, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert train.parse(flags)[1] is None  # the first start
+    shutil.copytree(reference, "out")
+    assert train.parse(flags)[1] == Path("out")
+    assert train.parse([*flags, "--resume", "out/checkpoints/step-000001"])[1] == Path("out")  # not from there once more
+    Path("c.json").write_text(json.dumps({"output": "out"}))
+    assert train.parse([*flags[:-2], "--config", "c.json"])[1] == Path("out")
+    with pytest.raises(ValueError, match="--max-restarts needs --output"):
+        train.parse(["--steps", "4"])
+
+
+def test_resume_with_a_config_file(flags, reference):
+    shutil.copytree(reference, "out")
+    Path("c.json").write_text(json.dumps({"output": "out"}))
+    assert train.parse([*flags[:-2], "--config", "c.json", "--resume"])[1] == Path("out")
+    with pytest.raises(ValueError, match="--output elsewhere is not the folder of --resume out"):
+        train.parse(["--resume", "out", "--output", "elsewhere"])
+
+
+def test_more_ranks_than_prompts(flags, monkeypatch):
+    monkeypatch.setattr(train.distributed, "world", lambda: 3)
+    with pytest.raises(ValueError, match="--prompts_per_step 2 must be at least the number of ranks, 3"):
+        train.main(flags)
+
+
 def test_a_changed_config(flags, reference, capsys):
     shutil.copytree(reference, "out")
     with pytest.raises(ValueError, match=r"the run would not be the same one \(lr 0.0003 -> 0.001\)"):

@@ -136,6 +136,19 @@ def test_a_step_of_one_pass_gives_the_same_numbers(raw_policy, batch, method, ex
         assert torch.allclose(getattr(fresh, name), getattr(ready, name), atol=1e-6), name
 
 
+def test_no_gradient_no_step(raw_policy, batch):
+    """Neither weight decay nor Adam's momentum moves the weights where no response has an advantage, however the update is cut."""
+    cfg, ready = prepared(raw_policy, batch, method="grpo")
+    optimizer = torch.optim.AdamW(raw_policy.parameters(), lr=1e-2)
+    update(raw_policy, optimizer, ready, range(5), cfg)  # momentum
+    before = [p.detach().clone() for p in raw_policy.parameters()]
+    silent = replace(batch, rewards=torch.zeros(20))
+    update(raw_policy, optimizer, copy.copy(silent), range(5), cfg)  # in one pass
+    cfg, ready = prepared(raw_policy, silent, method="grpo", tokens_per_batch=100)
+    update(raw_policy, optimizer, ready, range(5), cfg)
+    assert all(torch.equal(a, b) for a, b in zip(before, raw_policy.parameters()))
+
+
 def test_which_steps_are_one_pass(policy, monkeypatch):
     calls = []
     measured = vppo.measure
