@@ -65,15 +65,6 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def total(value):
-    """The sum of a number over all ranks."""
-    if world() == 1:
-        return value
-    tensor = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(tensor)
-    return type(value)(tensor.item())
-
-
 def gather(objects):
     """The lists of all ranks joined in rank order."""
     if world() == 1:
@@ -81,6 +72,11 @@ def gather(objects):
     parts = [None] * world()
     dist.all_gather_object(parts, objects)
     return [item for part in parts for item in part]
+
+
+def total(value):
+    """The sum of a number over all ranks."""
+    return sum(gather([value]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

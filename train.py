@@ -278,6 +278,7 @@ def main(argv=None):
     asked = watch_signals()
     todo = range(progress["step"], cfg.steps)
     bar = tqdm(todo, cfg.method, disable=None if first else True, initial=progress["step"], total=cfg.steps)
+    leave = False
     for step in bar:
         metrics, progress["position"], batch = train_step(engine, optimizer, train_data, cfg, step, progress["position"])
         last = step + 1 == cfg.steps
@@ -305,16 +306,16 @@ def main(argv=None):
         if leave or (cfg.save_every and ((step + 1) % cfg.save_every == 0 or last)):
             save_checkpoint(policy, optimizer, folder, progress, cfg.keep)
         if leave:
-            bar.close()
-            if writer:
-                writer.close()
-            if first:
-                print(f"stopped after step {step + 1}, which is saved; go on with: --resume {folder}")
-            return None
-    for number in (signal.SIGTERM, signal.SIGINT):  # nothing is left that could be lost
-        signal.signal(number, signal.SIG_DFL)
+            break
+    bar.close()
     if writer:
         writer.close()
+    if leave:
+        if first:
+            print(f"stopped after step {progress['step']}, which is saved; go on with: --resume {folder}")
+        return None
+    for number in (signal.SIGTERM, signal.SIGINT):  # nothing is left that could be lost
+        signal.signal(number, signal.SIG_DFL)
     after = test("after")
 
     # The end: a table
