@@ -9,7 +9,7 @@ warm-up stands in for pre-training: supervised learning in three parts.
        replaced at random, the arithmetic after them staying right. The model still knows but is unsure, so its samples
        differ and RL has something to choose from.
 
-The result is kept under runs/tiny-HASH, where HASH names this file's recipe, data.py and the library versions.
+The result is kept under runs/tiny-HASH, where HASH names this file's recipe, digits.py and the library versions.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import data
+import digits
 from model import Policy, encode, image_text_processor, save
 
 RECIPE = dict(
@@ -49,9 +49,9 @@ CHAT_TEMPLATE = (
 
 def build_processor():
     """Qwen2.5-VL's processor with a vocabulary of the words the digits task uses, each with and without a leading space."""
-    texts = [*sum(data.QUESTIONS.values(), []), *data.OPENINGS, *data.CLOSINGS, *data.GUESSES, *sum(data.SYNONYMS.values(), [])]
-    words = [word for text in texts for word in text.split() if word not in data.SYNONYMS and "{" not in word]
-    words += [*data.WORDS, *"user assistant answer in yes no larger smaller equal + - = . , : ? { }".split(), "\\boxed{"]
+    texts = [*sum(digits.QUESTIONS.values(), []), *digits.OPENINGS, *digits.CLOSINGS, *digits.GUESSES, *sum(digits.SYNONYMS.values(), [])]
+    words = [word for text in texts for word in text.split() if word not in digits.SYNONYMS and "{" not in word]
+    words += [*digits.WORDS, *"user assistant answer in yes no larger smaller equal + - = . , : ? { }".split(), "\\boxed{"]
     words += [str(number) for number in range(-9, 19)]  # every result of a difference or a sum
     words = list(dict.fromkeys(words))
     vocabulary = [*SPECIAL, "\n", *words, *(" " + word for word in words)]
@@ -114,15 +114,15 @@ def warm_up(policy, recipe, progress=True):
     The learning rate is constant for the first half, then falls linearly to 0.
     """
     rng = np.random.default_rng(recipe["seed"])
-    task, tokenizer = data.Digits("train"), policy.processor.tokenizer
+    task, tokenizer = digits.Digits("train"), policy.processor.tokenizer
     show = None if progress else True  # tqdm: None hides the bar where output is not a terminal
     # The pool lies far out in the endless training split, where RL never gets to.
     examples = [task[2**30 + i] for i in range(recipe["scenes"])]
     prompts = [encode(policy.processor, example) for example in tqdm(examples, "scenes", disable=show)]
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     ids_of = lambda words: torch.tensor(tokenizer.convert_tokens_to_ids([" " + word for word in words]))  # noqa: E731
-    follows, question = ids_of(data.RESULT_FOLLOWS), ids_of(["?"])
-    sort = torch.tensor([2 if data.is_reading(token) else int(data.is_computed(token)) for token in tokens])  # (V,)
+    follows, question = ids_of(digits.RESULT_FOLLOWS), ids_of(["?"])
+    sort = torch.tensor([2 if digits.is_reading(token) else int(digits.is_computed(token)) for token in tokens])  # (V,)
 
     optimizer = torch.optim.AdamW(policy.parameters(), lr=recipe["lr"], betas=(0.9, 0.95), weight_decay=0.01)
     clean_from, noisy_from = recipe["drill_steps"], recipe["drill_steps"] + recipe["clean_steps"]
@@ -138,7 +138,7 @@ def warm_up(policy, recipe, progress=True):
             drill = (i + 1) % drill_every == 0
             batch.append(prompts[row])
             for _ in range(copies):
-                text = data.write_drill(examples[row], rng) if drill else data.write_response(examples[row], rng, guess, misread)
+                text = digits.write_drill(examples[row], rng) if drill else digits.write_response(examples[row], rng, guess, misread)
                 texts.append(text + "<|im_end|>")
         encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         ids, mask = encoded.input_ids, encoded.attention_mask.bool()
@@ -160,7 +160,7 @@ def warm_up(policy, recipe, progress=True):
 
 def recipe_hash():
     """Names everything the warmed-up weights depend on: this file, its imports in the project, the library versions."""
-    text = "".join((Path(__file__).parent / name).read_text() for name in ("tiny.py", "data.py", "model.py"))
+    text = "".join((Path(__file__).parent / name).read_text() for name in ("tiny.py", "digits.py", "model.py"))
     return hashlib.sha256(f"{text}{torch.__version__}{transformers.__version__}{tokenizers.__version__}".encode()).hexdigest()[:10]
 
 

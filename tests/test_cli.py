@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-import data
+import digits
 import eval as evaluation
 import model
 import tiny
@@ -175,7 +175,7 @@ def test_a_folder_without_a_test_split(start, workplace, some_right, capsys):
     rows = []
     (workplace / "set").mkdir()
     for i in range(3):
-        example = data.Digits("train")[i]
+        example = digits.Digits("train")[i]
         example.images[0].save(workplace / "set" / f"{i}.png")
         rows.append(json.dumps({"file_name": f"{i}.png", "problem": example.problem, "answer": example.answer}))
     (workplace / "set" / "metadata.jsonl").write_text("\n".join(rows))
@@ -208,7 +208,7 @@ def test_interval():
 def test_interval_is_clustered_by_prompt(start, monkeypatch):
     """Two prompts, one always right, one never: however many answers each has, the interval stays 0.5 +- 0.98."""
     policy = model.Policy(*model.load(start))
-    task = data.Digits("val", 2)
+    task = digits.Digits("val", 2)
     right = task[0].answer
     assert right != task[1].answer
     monkeypatch.setattr(vppo.reward, "grade", lambda text, truth, grader="exact": float(truth == right))

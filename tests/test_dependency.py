@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-import data
+import digits
 import dependency
 from dependency import MASKS, METRICS
 from model import encode
@@ -130,7 +130,7 @@ def test_grey_shows_nothing(photo):
 @pytest.fixture
 def scene(raw_policy):
     """Three prompts with three responses each, and their masked twins."""
-    examples = [data.Digits("val")[i] for i in range(3)]
+    examples = [digits.Digits("val")[i] for i in range(3)]
     prompts = [encode(raw_policy.processor, example) for example in examples]
     torch.manual_seed(0)
     rollout = generate(raw_policy, prompts, 3, max_new_tokens=12)

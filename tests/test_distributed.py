@@ -14,7 +14,7 @@ from processes import ONE_THREAD, ROOT, children, python
 from step_worker import CUTS
 from transformers import AutoModelForImageTextToText
 
-import data
+import digits
 import model
 import tiny
 from checkpoint import every
@@ -40,7 +40,7 @@ def results(tmp_path_factory):
     processor = tiny.build_processor()
     policy = Policy(tiny.build_model(processor, **tiny.RECIPE | {"layers": 2, "vision_layers": 2}), processor)
     model.save(policy, folder / "model")
-    examples = [data.Digits("val")[i] for i in range(5)]
+    examples = [digits.Digits("val")[i] for i in range(5)]
     torch.manual_seed(0)
     rollout = generate(policy, [encode(processor, example) for example in examples], 3, 12)
     rewards = torch.tensor([1.0, 0, 0, 0, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1, 0])  # the third group has no signal

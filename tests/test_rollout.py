@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import data
+import digits
 from model import collate, encode
 from rollout import Rollout, concatenate, cut, generate
 
@@ -11,7 +11,7 @@ from rollout import Rollout, concatenate, cut, generate
 @pytest.fixture
 def prompts(raw_policy):
     """Four encoded prompts of the digits task."""
-    return [encode(raw_policy.processor, data.Digits("val")[i]) for i in range(4)]
+    return [encode(raw_policy.processor, digits.Digits("val")[i]) for i in range(4)]
 
 
 def test_shapes_ends_and_padding(raw_policy, prompts):
@@ -67,7 +67,7 @@ def test_same_seed_same_responses(raw_policy, prompts, share):
 def test_sampled_distribution_is_the_scored_one(policy):
     """The first token's frequencies over 4,000 samples against the scored probabilities, at a temperature that is not 1."""
     policy.temperature = 1.5
-    prompt = encode(policy.processor, data.Digits("val")[0])
+    prompt = encode(policy.processor, digits.Digits("val")[0])
     torch.manual_seed(0)
     rollout = generate(policy, [prompt], 4000, max_new_tokens=1, temperature=1.5, responses_at_once=4000)
     counts = torch.bincount(rollout.response_ids[:, 0], minlength=policy.model.config.text_config.vocab_size)
@@ -108,7 +108,7 @@ def test_select_concatenate_and_micro_batches(raw_policy, prompts):
 def test_shared_and_plain_prompts_give_the_same_numbers(raw_policy):
     """Mixed prompt lengths, a one-token and an empty response; float64 to 1e-9, gradients too."""
     policy = raw_policy.double().eval()
-    examples = [data.Digits("val")[i] for i in range(6)]
+    examples = [digits.Digits("val")[i] for i in range(6)]
     prompts = [encode(policy.processor, example) for example in examples]
     assert len({prompt["input_ids"].shape[1] for prompt in prompts}) > 1
     for prompt in prompts:
@@ -136,7 +136,7 @@ def test_shared_and_plain_prompts_give_the_same_numbers(raw_policy):
 
 
 def test_other_pixels_other_logprobs(raw_policy):
-    first, second = data.Digits("val")[0], data.Digits("val")[1]
+    first, second = digits.Digits("val")[0], digits.Digits("val")[1]
     prompts = [encode(raw_policy.processor, first), encode(raw_policy.processor, first, images=second.images)]
     assert torch.equal(prompts[0]["input_ids"], prompts[1]["input_ids"])
     ids, mask = torch.full((2, 3), 20), torch.ones(2, 3, dtype=torch.bool)

@@ -8,7 +8,7 @@ shaping would change nothing that can be seen, and every comparison of methods a
 import pytest
 import torch
 
-import data
+import digits
 import dependency
 import loss
 import reward
@@ -22,7 +22,7 @@ def base(tiny_folder):
     from model import Policy, load
 
     policy = Policy(*load(tiny_folder)).eval()
-    examples = [data.Digits("val")[i] for i in range(128)]
+    examples = [digits.Digits("val")[i] for i in range(128)]
     prompts = [encode(policy.processor, example) for example in examples]
     masked = [encode(policy.processor, e, images=dependency.mask_images(e.images, "blacken", [0, i])) for i, e in enumerate(examples)]
     torch.manual_seed(0)
@@ -35,7 +35,7 @@ def base(tiny_folder):
         "rollout": rollout,
         "S": S,
         "mask": mask,
-        "read": torch.tensor([data.is_reading(token) for token in tokens])[rollout.response_ids] & mask,
+        "read": torch.tensor([digits.is_reading(token) for token in tokens])[rollout.response_ids] & mask,
         "right": torch.tensor([reward.grade(text, examples[i // 8].answer) for i, text in enumerate(rollout.texts)]) > 0,
     }
 

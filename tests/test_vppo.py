@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import data
+import digits
 import loss
 import vppo
 from model import encode
@@ -17,7 +17,7 @@ from vppo import METHODS, Batch, Config, check, measure, modulate, train_step, u
 @pytest.fixture
 def batch(raw_policy):
     """A rollout batch of 5 groups x 4 with rewards that give every group but one a signal."""
-    examples = [data.Digits("val")[i] for i in range(5)]
+    examples = [digits.Digits("val")[i] for i in range(5)]
     prompts = [encode(raw_policy.processor, example) for example in examples]
     torch.manual_seed(0)
     rollout = generate(raw_policy, prompts, 4, max_new_tokens=10)
@@ -157,7 +157,7 @@ def test_which_steps_are_one_pass(policy, monkeypatch):
     norms = []
     for fields in ({}, {"tokens_per_batch": 500}, {"updates_per_rollout": 2}):
         cfg = Config(**{"prompts_per_step": 4, "group_size": 4, "updates_per_rollout": 1, "lr": 0.0} | fields)
-        metrics, _, _ = train_step(policy, optimizer, data.Digits("train"), cfg, 0, 0)
+        metrics, _, _ = train_step(policy, optimizer, digits.Digits("train"), cfg, 0, 0)
         norms.append(metrics["grad_norm"])
     assert calls == [4, 3, 3]  # with hidden states; without
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
@@ -166,10 +166,10 @@ def test_which_steps_are_one_pass(policy, monkeypatch):
 def test_first_update_has_ratio_one_and_clips_nothing_later_ones_do(policy):
     cfg = Config(prompts_per_step=4, group_size=4, updates_per_rollout=1, steps=10, lr=3e-3)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-    metrics, position, _ = train_step(policy, optimizer, data.Digits("train"), cfg, 0, 0)
+    metrics, position, _ = train_step(policy, optimizer, digits.Digits("train"), cfg, 0, 0)
     assert metrics["clip_fraction"] == 0 and abs(metrics["approx_kl"]) < 1e-4 and position >= 4
     cfg = replace(cfg, updates_per_rollout=4)
-    metrics, _, _ = train_step(policy, optimizer, data.Digits("train"), cfg, 1, position)
+    metrics, _, _ = train_step(policy, optimizer, digits.Digits("train"), cfg, 1, position)
     assert abs(metrics["approx_kl"]) > 1e-4
 
 
@@ -179,7 +179,7 @@ def test_same_seed_same_step(policy):
     for seed in (0, 0, 1):
         policy.load_state_dict(start)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-        metrics, _, _ = train_step(policy, optimizer, data.Digits("train"), Config(prompts_per_step=4, group_size=4, seed=seed), 0, 0)
+        metrics, _, _ = train_step(policy, optimizer, digits.Digits("train"), Config(prompts_per_step=4, group_size=4, seed=seed), 0, 0)
         weights = torch.cat([p.detach().flatten() for p in policy.parameters()])
         results.append(({k: v for k, v in metrics.items() if "seconds" not in k}, weights))
     assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
@@ -191,7 +191,7 @@ def test_dynamic_sampling_replaces_groups_without_signal(raw_policy, monkeypatch
     numbers = iter(range(10**6))
     # Every third group gets a signal: rewards 0, 1; the others 0, 0.
     monkeypatch.setattr(vppo.reward, "grade", lambda *_: float(next(numbers) % 6 == 1))
-    batch, position, metrics = vppo.collect(raw_policy, data.Digits("train"), cfg, 0)
+    batch, position, metrics = vppo.collect(raw_policy, digits.Digits("train"), cfg, 0)
     # round 1 asks 4 prompts (groups 0..3: 0 and 3 have signal), round 2 two (6 is the next with signal), round 3 two
     assert position == metrics["prompts_sampled"] == 4 + 2 + 2
     assert batch.positions == [0, 3, 6] and batch.rewards.tolist() == [0, 1] * 3
@@ -203,7 +203,7 @@ def test_no_signal_at_all_skips_the_update(raw_policy, monkeypatch):
     before = [p.detach().clone() for p in raw_policy.parameters()]
     optimizer = torch.optim.AdamW(raw_policy.parameters(), lr=1e-2)
     cfg = Config(prompts_per_step=2, group_size=2, max_new_tokens=4)
-    metrics, position, batch = train_step(raw_policy, optimizer, data.Digits("train"), cfg, 0, 0)
+    metrics, position, batch = train_step(raw_policy, optimizer, digits.Digits("train"), cfg, 0, 0)
     assert batch is None and metrics["skipped"] == 1 and position == 6
     assert all(torch.equal(a, b) for a, b in zip(before, raw_policy.parameters()))
 
@@ -225,4 +225,4 @@ def test_config_errors_name_the_flag(field, value, word):
 
 def test_long_prompt_is_an_error_that_names_its_row(raw_policy):
     with pytest.raises(ValueError, match=r"digits val\[0\].*max_prompt_tokens 5"):
-        vppo.encode_checked(raw_policy, data.Digits("val")[0], Config(max_prompt_tokens=5))
+        vppo.encode_checked(raw_policy, digits.Digits("val")[0], Config(max_prompt_tokens=5))
