@@ -18,41 +18,38 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 
-def start(always=False, minutes=60):
-    """Join the other processes if torchrun started us (or, alone, if `always`); returns this process's device.
+def start(minutes=60):
+    """Join the other processes, if torchrun started us; returns this process's device.
 
     A rank that waits `minutes` for another gives up with an error: long enough for a slow rollout, an end for a dead machine.
     """
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if not dist.is_initialized() and ("WORLD_SIZE" in os.environ or always):
-        store, number, ranks = next(dist.rendezvous("env://")) if "WORLD_SIZE" in os.environ else (dist.HashStore(), 0, 1)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        store, number, ranks = next(dist.rendezvous("env://"))
         # After a restart the store may still hold the addresses of processes that are gone: a name of its own for each start.
         # Several nodes count restarts each for itself, so there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has to do it (README).
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         # gloo moves what lies in CPU memory (counts, rewards), nccl what lies on a GPU (gradients, weights).
-        group = dict(store=store, rank=number, world_size=ranks, timeout=timedelta(minutes=minutes))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **group)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=ranks, timeout=timedelta(minutes=minutes))
     return device
 
 
 def leave(error=None):
     """End the process: with status 0, or with 1 and a sentence on stderr.
 
-    A rank among several skips Python's clean-up, in which torch's communication threads can hang or abort.
+    Python's clean-up is skipped: torch's communication threads can hang or abort in it.
     """
-    if not dist.is_initialized():
-        sys.exit(error)
     if error:
-        print(error, file=sys.stderr)
-    else:
+        print(error, file=sys.stderr, flush=True)
+    elif world() > 1:
         dist.barrier()  # no rank goes while another still talks to it
     sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1 if error else 0)
+    os._exit(bool(error))
 
 
 def rank():
@@ -110,23 +107,21 @@ def meeting(engine, last):
     FSDP2 gathers a layer for its backward when a gradient reaches the layer's output; through a shared prompt's cache it
     arrives at keys and values instead, so there the weights stay whole from forward to backward.
     """
-    if isinstance(engine, DistributedDataParallel):
-        return contextlib.nullcontext() if last else engine.no_sync()
-    return unsharded(engine) if engine.shares() else contextlib.nullcontext()
+    if isinstance(engine, DistributedDataParallel) and not last:
+        return engine.no_sync()
+    return unsharded(engine, bare(engine).shares())
 
 
 @contextlib.contextmanager
-def unsharded(policy):
+def unsharded(policy, whole=True):
     """Inside, FSDP2's weights are whole, so that ranks may generate and score different numbers of times without waiting."""
-    units = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    units = [module for module in policy.modules() if whole and isinstance(module, FSDPModule)]
     for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.set_reshard_after_backward(False, recurse=False)
+        unit.set_reshard_after_forward(False)
+        unit.set_reshard_after_backward(False)
         unit.unshard()
-    try:
-        yield
-    finally:
-        for unit in units:
-            unit.reshard()
-            unit.set_reshard_after_forward(unit is not policy, recurse=False)  # the root's weights are needed at both ends
-            unit.set_reshard_after_backward(True, recurse=False)
+    yield
+    for unit in units:
+        unit.set_reshard_after_forward(True)
+        unit.set_reshard_after_backward(True)
+        unit.reshard()

@@ -226,7 +226,9 @@ def main(argv=None):
     train_data, val_data, test_data = (load_data(cfg.data, split, cfg.instruction) for split in ("train", "val", "test"))
 
     # Distributed: rank 0 decides where the run lives and where it starts, the others hear of it.
-    device = distributed.start(cfg.shard)
+    device = distributed.start()
+    if cfg.shard and not torch.distributed.is_initialized():
+        raise ValueError("--shard needs processes to split the model over: start with torchrun --nproc_per_node=N train.py --shard")
     if cfg.prompts_per_step < distributed.world():
         raise ValueError(f"--prompts_per_step {cfg.prompts_per_step} must be at least the number of ranks, {distributed.world()}")
     first = distributed.rank() == 0

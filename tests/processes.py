@@ -10,9 +10,9 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def python(processes):
-    """The start of a command line: python, or torchrun with so many processes."""
+    """The start of a command line: torchrun with so many processes, or for 0 plain python."""
     run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [sys.executable, *(run if processes > 1 else [])]
+    return [sys.executable, *(run if processes else [])]
 
 
 def children(pid):

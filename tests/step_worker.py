@@ -46,7 +46,7 @@ def share(batch):
 
 def main(folder):
     """Every cut that makes sense for this number of ranks."""
-    distributed.start(always=True)
+    distributed.start()
     saved = torch.load(folder / "batch.pt", weights_only=False)
     results = {}
     for name, (shard, tokens, settings) in CUTS.items():

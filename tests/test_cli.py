@@ -327,6 +327,7 @@ def test_bad_input_of_evaluation(flags, message, start, workplace):
     "command, message",
     [
         ("train.py --method ppo", "train.py: --method 'ppo' is unknown"),
+        ("train.py --shard", "train.py: --shard needs processes"),
         ("train.py --model here --data rows", "rows/metadata.jsonl, line 2: image 'b.png' does not exist"),
         ("eval.py --model here", "eval.py: model folder 'here' has no config.json"),
     ],

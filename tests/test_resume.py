@@ -321,7 +321,7 @@ def kill_and_resume(command, folder, kills, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes, kills, steps, flags", [(1, 20, 60, []), (2, 3, 12, []), (2, 2, 8, ["--shard"])])
+@pytest.mark.parametrize("processes, kills, steps, flags", [(0, 20, 60, []), (2, 3, 12, []), (2, 2, 8, ["--shard"])])
 def test_killed_at_random_moments(processes, kills, steps, flags, tiny_folder, tmp_path):
     """Every checkpoint on the way, and the end, equal those of a run that was never killed."""
     short = [*SHORT, "--model", tiny_folder, "--steps", str(steps), "--eval_every", "0", *flags]
