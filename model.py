@@ -35,9 +35,20 @@ def image_text_processor(cls):
     """A processor class without its video part, which needs torchvision; its images, tokenizer and template are untouched.
 
     AutoProcessor fails for families with a video processor when torchvision is missing. Naming only two parts in
-    `get_attributes` makes loading, saving and type checks skip the third.
+    `get_attributes` makes loading, saving and type checks skip the third; some families still want to be given a None for it.
     """
-    return type(cls.__name__, (cls,), {"get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"])})
+
+    class ImageText(cls):
+        @classmethod
+        def get_attributes(cls):
+            return ["image_processor", "tokenizer"]
+
+        @classmethod
+        def from_args_and_dict(cls, args, *rest, **words):
+            return super().from_args_and_dict([*args, None], *rest, **words)
+
+    ImageText.__name__ = cls.__name__
+    return ImageText
 
 
 def load(name, device="cpu", trust_remote_code=False):
