@@ -104,6 +104,7 @@ def main(argv=None):
     folder = tiny.ensure()[0] if cfg.model == "tiny" and distributed.rank() == 0 else cfg.model
     folder = distributed.gather([folder])[0]
     policy = Policy(*load(folder, device), cfg.temperature)
+    policy.check_sharing(encode_checked(policy, dataset[0], cfg))
     base = Path(cfg.model) if Path(cfg.model).is_dir() else Path("runs")
     output = Path(cfg.output or base / f"eval-{Path(cfg.data).name}-{cfg.split}")
     output.mkdir(parents=True, exist_ok=True)

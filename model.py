@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from jinja2 import TemplateError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.cache_utils import DynamicLayer
@@ -95,13 +96,13 @@ def save(policy, folder, weights=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts
 # ---------------------------------------------------------------------------------------------------------------------
-def encode(processor, example, system="", images=None):
-    """One example as one prompt: the processor's tensors, not padded. `images` replaces the example's (the masked ones).
+def encode(processor, example, system=""):
+    """One example as one prompt: the processor's tensors, not padded.
 
     `<image>` in the problem marks where an image goes; without a marker the images come first. Raises ValueError if markers
-    and images do not match.
+    and images do not match, or if the model's chat template does not take the messages.
     """
-    images = example.images if images is None else images
+    images = example.images
     pieces = example.problem.split("<image>")
     if len(pieces) == 1:
         pieces = [""] * len(images) + pieces
@@ -109,15 +110,34 @@ def encode(processor, example, system="", images=None):
         raise ValueError(f"{example.name}: {len(pieces) - 1} <image> markers but {len(images)} images: make them equal")
     content = []
     for i, piece in enumerate(pieces):
-        content += [{"type": "image", "image": images[i - 1]}] if i else []
+        content += [{"type": "image"}] if i else []
         content += [{"type": "text", "text": piece}] if piece else []
     messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
     messages.append({"role": "user", "content": content})
-    return dict(
-        processor.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-        )
-    )
+    tokenizer = processor.tokenizer
+    template = processor.chat_template or tokenizer.chat_template
+    if not template:
+        raise ValueError("the model has no chat template: take an instruction-tuned one")
+    try:
+        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"the model's chat template refuses the messages ({error}): try --system_prompt ''") from error
+    # Templates write the beginning-of-sequence token themselves; a tokenizer that adds one would make it two.
+    special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    return dict(processor(text=[text], images=[images] if images else None, return_tensors="pt", add_special_tokens=special))
+
+
+def with_images(processor, prompt, images):
+    """The encoded prompt with other pictures of the same sizes (the masked ones): only the image part of the processor runs.
+
+    images: PIL images in the prompt's order. Raises ValueError if they do not become tensors of the same shapes.
+    """
+    options = getattr(processor, "images_kwargs", {})  # what the processor itself passes on
+    pictures = processor.image_processor([images], **options, return_tensors="pt") if images else {}
+    new = {key: value for key, value in pictures.items() if key in prompt}
+    if any(key in prompt and new[key].shape != prompt[key].shape for key in new) or (images and "pixel_values" not in new):
+        raise ValueError("masked images must have the sizes of the true ones")
+    return prompt | new
 
 
 def is_per_token(prompt, key):
@@ -135,8 +155,9 @@ def collate(prompts, copies=1, pad_id=0, device=None):
     length = max(prompt["input_ids"].shape[1] for prompt in prompts)
     batch = {}
     for key in dict.fromkeys(key for prompt in prompts for key in prompt):
-        tensors = [prompt[key] for prompt in prompts if key in prompt]
-        if is_per_token(prompts[0], key):
+        owners = [prompt for prompt in prompts if key in prompt]  # a prompt without an image has no image tensors
+        tensors = [prompt[key] for prompt in owners]
+        if is_per_token(owners[0], key):
             fill = pad_id if key == "input_ids" else 0
             tensors = [nn.functional.pad(t, (length - t.shape[1], 0), value=fill) for t in tensors]
         elif len({t.shape[1:] for t in tensors}) > 1:
@@ -207,6 +228,11 @@ class Policy(nn.Module):
         self.eos_ids = sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])})
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         model.generation_config = neutral_generation_config(self)
+        # Most heads are a matrix product; some scale or cap their logits, which only the model's own forward pass knows.
+        head = model.get_output_embeddings()
+        with torch.no_grad():
+            probe = torch.linspace(-3, 3, head.weight.shape[1]).to(head.weight)[None]
+            self.plain_head = torch.allclose(head(probe), self.own_head(probe), rtol=1e-3, atol=1e-3)
 
     @property
     def device(self):
@@ -270,10 +296,50 @@ class Policy(nn.Module):
                 batch[key] = torch.cat([batch[key], tail.get(key, torch.zeros_like(response_ids[:, :-1]))], dim=1)
             return body(**batch, **self.positions(batch), use_cache=False)[0][:, start:]
 
+    def own_head(self, states):
+        """(N, H) -> (N, V) logits by the model's own forward pass, whose body is made to return the given states."""
+
+        class Output(tuple):  # what a body returns: the states, by position or by name, and nothing else
+            def __getattr__(self, name):
+                return self[0] if name == "last_hidden_state" else None
+
+        body = self.model.base_model
+        body.forward = lambda *args, **words: Output([states[None]])
+        try:
+            return self.model(input_ids=torch.zeros(1, len(states), dtype=torch.long, device=states.device)).logits[0]
+        finally:
+            del body.forward
+
+    @torch.no_grad()
+    def check_sharing(self, prompt):
+        """Go on sharing prompts only if that gives this model's own numbers on a first one. Returns a sentence for the log.
+
+        Rounding moves less than 1e-3 of a token's probability to other tokens (bfloat16: 0.05). A model that makes something else
+        of a repeated cache, or of the positions it is given, is off by far more, or raises.
+        """
+        if not self.share_prompt:
+            return "a prompt is repeated for each response, as asked"
+        was_training, limit = self.training, 1e-3 if self.compute_dtype == torch.float32 else 0.05
+        self.eval()
+        ids = torch.full((2, 4), self.eos_ids[0], device=self.device)  # any tokens do, if they are two different rows
+        ids[1, ::2] = self.pad_id
+        arguments = ([prompt], ids, torch.ones_like(ids, dtype=torch.bool))
+        try:
+            shared = self.logits(self.states(*arguments)).softmax(-1)
+            self.share_prompt = False
+            moved = (shared - self.logits(self.states(*arguments)).softmax(-1)).abs().sum(-1).mean().item()
+            self.share_prompt = moved < limit
+            reason = f"moves {moved:.0e} of the probability"
+        except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError) as error:
+            self.share_prompt = False
+            reason = f"fails ({str(error).splitlines()[0][:80]})"
+        self.train(was_training)
+        return f"a prompt is {'run once for its group' if self.share_prompt else 'repeated for each response'}: sharing it {reason}"
+
     def logits(self, states):
         """(..., H) -> (..., V) float32 logits of the distribution that is sampled: temperature applied, placeholders at -inf."""
         with self.precision():
-            logits = self.model.get_output_embeddings()(states).float()
+            logits = (self.model.get_output_embeddings() if self.plain_head else self.own_head)(states).float()
         bias = torch.zeros(logits.shape[-1], device=logits.device)
         bias[self.forbidden] = -torch.inf
         return torch.add(bias, logits, alpha=1 / self.temperature)

@@ -27,10 +27,10 @@ from tqdm import tqdm
 import distributed
 import tiny
 from checkpoint import checkpoint_of, clean, restore, save_checkpoint
-from data import load_data
+from data import example_at, load_data
 from eval import describe, evaluate
 from model import Policy, load
-from vppo import Config, check, command_line, train_step
+from vppo import Config, check, command_line, encode_checked, train_step
 
 PATIENCE = 10  # updates in a row without a finite gradient before a run gives up
 # What may differ from config.json when a run is resumed: it changes speed, memory and files, not what is computed.
@@ -247,6 +247,8 @@ def main(argv=None):
     if cfg.activation_checkpointing:
         policy.model.activation_checkpointing_enable()
     engine = distributed.engine(policy, cfg.shard)
+    with distributed.unsharded(policy):
+        sharing = policy.check_sharing(encode_checked(policy, example_at(train_data, 0, cfg.seed), cfg))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
     if first:  # only now: a run that fails to start leaves nothing behind
         open_folder(folder, cfg, resume, path)
@@ -260,6 +262,8 @@ def main(argv=None):
               f"on {cfg.data}, output in {folder}")  # fmt: skip
         print(f"{cfg.steps} steps x {cfg.prompts_per_step} prompts x {cfg.group_size} responses = {cfg.steps * responses} responses; "
               f"{cfg.updates_per_rollout} update(s) a step of {responses // cfg.updates_per_rollout} responses")  # fmt: skip
+        repeated = "; in updates it is repeated, for checkpointing drops the cache" if policy.share_prompt and not policy.shares() else ""
+        print(sharing + repeated)
         if resume:
             print(f"resumed at step {progress['step']}{f' from {path}' if path else ': it has no whole checkpoint yet'}")
 

@@ -22,7 +22,7 @@ import distributed
 import loss
 import reward
 from data import INSTRUCTION, example_at
-from model import encode
+from model import encode, with_images
 from rollout import concatenate, generate
 
 # What each method switches on. "dapo" = clip-higher, token-level averaging and dynamic sampling (paper, Appendix B).
@@ -167,9 +167,9 @@ class Batch:
 # ---------------------------------------------------------------------------------------------------------------------
 # Phase 1: rollout
 # ---------------------------------------------------------------------------------------------------------------------
-def encode_checked(policy, example, cfg, images=None):
+def encode_checked(policy, example, cfg):
     """`model.encode` with the length limit: an over-long prompt is an error that names its row."""
-    prompt = encode(policy.processor, example, cfg.system_prompt, images)
+    prompt = encode(policy.processor, example, cfg.system_prompt)
     length = prompt["input_ids"].shape[1]
     if length > cfg.max_prompt_tokens:
         raise ValueError(f"{example.name}: prompt of {length} tokens exceeds --max_prompt_tokens {cfg.max_prompt_tokens}")
@@ -248,8 +248,8 @@ def measure(policy, batch, cfg, states=None):
         # The key (seed, position in the data) makes a masked image the same on whichever rank it is drawn.
         draws = range(cfg.group_size) if cfg.mask_per == "rollout" else [0]
         masked = [
-            encode_checked(policy, example, cfg, dependency.mask_images(example.images, cfg.mask, [cfg.seed, position, draw]))
-            for example, position in zip(batch.examples, batch.positions)
+            with_images(policy.processor, prompt, dependency.mask_images(example.images, cfg.mask, [cfg.seed, position, draw]))
+            for prompt, example, position in zip(batch.rollout.prompts, batch.examples, batch.positions)
             for draw in draws
         ]
     scored = dependency.score(policy, batch.rollout, masked, cfg.metric, cfg.tokens_per_batch, states)

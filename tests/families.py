@@ -75,15 +75,16 @@ WORDS = "user assistant system you are a helpful what is the digit answer in fir
 
 def tokenizer_of(tokens, rows=False):
     """A vocabulary of some words, the family's special tokens as attributes of the tokenizer."""
-    special = ["<pad>", "<end>", "<turn>", "<unk>", *tokens.values()]
-    special += [f"<row_{row}_col_{col}>" for row in range(1, 5) for col in range(1, 5)] if rows else []
-    vocabulary = [*special, "\n", "\n\n", "\\boxed{", *WORDS, *(" " + word for word in WORDS)]
+    tokens = tokens | {"turn_token": "<turn>"}
+    if rows:
+        tokens |= {f"row_{row}_col_{col}": f"<row_{row}_col_{col}>" for row in range(1, 5) for col in range(1, 5)}
+    vocabulary = ["<pad>", "<end>", "<unk>", *tokens.values(), " ", "\n", "\n\n", "\\boxed{", *WORDS, *(" " + word for word in WORDS)]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\\boxed\{| ?\d| ?[A-Za-z]+| ?[^\sA-Za-z0-9]|\n\n|\n"), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\\boxed\{| ?\d| ?[A-Za-z]+| ?[^\sA-Za-z0-9]|\n\n|\n| "), "isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<end>", pad_token="<pad>", unk_token="<unk>", padding_side="left",
-        additional_special_tokens=special[2:], extra_special_tokens=tokens, clean_up_tokenization_spaces=False,
+        extra_special_tokens=tokens, clean_up_tokenization_spaces=False,
     )  # fmt: skip
 
 

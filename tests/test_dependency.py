@@ -8,7 +8,7 @@ from PIL import Image
 import digits
 import dependency
 from dependency import MASKS, METRICS
-from model import encode
+from model import encode, with_images
 from rollout import generate
 
 LOG2 = float(np.log(2))
@@ -135,7 +135,7 @@ def scene(raw_policy):
     torch.manual_seed(0)
     rollout = generate(raw_policy, prompts, 3, max_new_tokens=12)
     masked = [
-        encode(raw_policy.processor, example, images=dependency.mask_images(example.images, "blacken", [0, i]))
+        with_images(raw_policy.processor, prompts[i], dependency.mask_images(example.images, "blacken", [0, i]))
         for i, example in enumerate(examples)
     ]
     return raw_policy.eval(), rollout, masked

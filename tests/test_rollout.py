@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import digits
-from model import collate, encode
+from model import collate, encode, with_images
 from rollout import Rollout, concatenate, cut, generate
 
 
@@ -137,7 +137,7 @@ def test_shared_and_plain_prompts_give_the_same_numbers(raw_policy):
 
 def test_other_pixels_other_logprobs(raw_policy):
     first, second = digits.Digits("val")[0], digits.Digits("val")[1]
-    prompts = [encode(raw_policy.processor, first), encode(raw_policy.processor, first, images=second.images)]
+    prompts = [encode(raw_policy.processor, first), with_images(raw_policy.processor, encode(raw_policy.processor, first), second.images)]
     assert torch.equal(prompts[0]["input_ids"], prompts[1]["input_ids"])
     ids, mask = torch.full((2, 3), 20), torch.ones(2, 3, dtype=torch.bool)
     logprobs, _ = raw_policy(prompts, ids, mask, mask)

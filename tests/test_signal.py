@@ -12,7 +12,7 @@ import digits
 import dependency
 import loss
 import reward
-from model import encode
+from model import encode, with_images
 from rollout import generate
 
 
@@ -24,7 +24,10 @@ def base(tiny_folder):
     policy = Policy(*load(tiny_folder)).eval()
     examples = [digits.Digits("val")[i] for i in range(128)]
     prompts = [encode(policy.processor, example) for example in examples]
-    masked = [encode(policy.processor, e, images=dependency.mask_images(e.images, "blacken", [0, i])) for i, e in enumerate(examples)]
+    masked = [
+        with_images(policy.processor, prompt, dependency.mask_images(example.images, "blacken", [0, i]))
+        for i, (prompt, example) in enumerate(zip(prompts, examples))
+    ]
     torch.manual_seed(0)
     rollout = generate(policy, prompts, 8, max_new_tokens=48)
     S = dependency.score(policy, rollout, masked)["dependency"]
