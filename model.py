@@ -20,7 +20,7 @@ import transformers
 from jinja2 import TemplateError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
@@ -210,6 +210,13 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def static_layer(layer, tokens):
+    """A cache layer of fixed size with room for the tokens to come: on a GPU transformers compiles a model that generates with it."""
+    static = StaticLayer(layer.keys.shape[2] + tokens)
+    static.update(layer.keys, layer.values)
+    return static
+
+
 class Policy(nn.Module):
     """pi_theta: a model and the one distribution that is both sampled and scored.
 
@@ -217,9 +224,9 @@ class Policy(nn.Module):
     DistributedDataParallel and FSDP wrap modules; `forward` is what the update differentiates.
     """
 
-    def __init__(self, model, processor, temperature=1.0, share_prompt=True, dtype="float32"):
+    def __init__(self, model, processor, temperature=1.0, share_prompt=True, dtype="float32", static_cache=False):
         super().__init__()
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.static_cache = model, processor, static_cache
         self.temperature, self.share_prompt, self.compute_dtype = temperature, share_prompt, getattr(torch, dtype)
         self.forbidden = placeholder_ids(model, processor)
         tokenizer = processor.tokenizer
@@ -270,7 +277,8 @@ class Policy(nn.Module):
             cache = body(**inputs, **self.positions(inputs), use_cache=True).past_key_values
         cache.batch_repeat_interleave(copies)
         if room:
-            cache.layers = [RoomyLayer(layer, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+            roomy = static_layer if self.static_cache else RoomyLayer
+            cache.layers = [roomy(layer, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         offset = getattr(body, "rope_deltas", None)  # (Q, 1), set by the forward pass above
         if offset is None:
             offset = per_token["input_ids"].new_zeros(len(prompts), 1)

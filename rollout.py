@@ -115,6 +115,7 @@ def generate(policy, prompts, group_size, max_new_tokens=64, temperature=1.0, to
         do_sample=True, temperature=temperature, top_p=top_p, top_k=0, min_p=None, typical_p=1.0, repetition_penalty=1.0,
         no_repeat_ngram_size=0, num_beams=1, max_new_tokens=max_new_tokens, min_new_tokens=0, suppress_tokens=policy.forbidden,
         eos_token_id=policy.eos_ids, pad_token_id=policy.pad_id, use_cache=True,
+        cache_implementation="static" if policy.static_cache and not policy.share_prompt else None,
     )  # fmt: skip
     at_once = max(1, responses_at_once // group_size)  # in prompts
     # Prompts of similar length together: less padding. `order` is undone at the end.

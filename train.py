@@ -34,7 +34,7 @@ from vppo import Config, check, command_line, encode_checked, train_step
 
 PATIENCE = 10  # updates in a row without a finite gradient before a run gives up
 # What may differ from config.json when a run is resumed: it changes speed, memory and files, not what is computed.
-MAY_CHANGE = set("tokens_per_batch share_prompt shard activation_checkpointing save_every keep log".split())
+MAY_CHANGE = set("tokens_per_batch share_prompt static_cache shard activation_checkpointing save_every keep log".split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def main(argv=None):
     # Model and optimizer
     torch.manual_seed(cfg.seed)
     parts = load(str(path or model_folder), "cpu" if cfg.shard else device)  # FSDP2 moves a unit at a time to the device
-    policy = Policy(*parts, cfg.temperature, cfg.share_prompt, cfg.dtype).train()
+    policy = Policy(*parts, cfg.temperature, cfg.share_prompt, cfg.dtype, cfg.static_cache).train()
     if cfg.activation_checkpointing:
         policy.model.activation_checkpointing_enable()
     engine = distributed.engine(policy, cfg.shard)

@@ -99,6 +99,7 @@ class Config:
     tokens_per_batch: int = option(16384, "tokens in one forward pass: memory, not results")
     responses_at_once: int = option(1024, "responses in one call of generate: memory (and which samples are drawn)")
     share_prompt: bool = option(True, "run a prompt once for its whole group; --no_share_prompt repeats it")
+    static_cache: bool = option(False, "generate with a cache of fixed size, which transformers compiles on a GPU: slow start, fast tokens")
     dtype: str = option("float32", "float32 or bfloat16: of computing; weights, gradients and Adam states stay float32")
     shard: bool = option(False, "FSDP2: weights, gradients and Adam states are split over the ranks")
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower updates")

@@ -271,7 +271,7 @@ def test_a_runs_own_config_repeats_it(workplace):
         ("--data nowhere", "data 'nowhere' is unknown"),
         ("--model here", "'here' has no config.json"),
         ("--model ./missing", "model './missing' is neither"),
-        ("--max_prompt_tokens 9", r"digits test\[0\]: prompt of \d+ tokens exceeds --max_prompt_tokens 9"),
+        ("--max_prompt_tokens 9", r"digits train\[0\]: prompt of \d+ tokens exceeds --max_prompt_tokens 9"),
         ("--output held", "--output held already holds a run"),
         ("--output file.txt", "--output file.txt cannot be written"),
         ("--config none.json", "none.json cannot be read"),

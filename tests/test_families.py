@@ -167,12 +167,12 @@ def test_a_head_that_scales_its_logits_keeps_its_own_forward():
 # The phases
 # ---------------------------------------------------------------------------------------------------------------------
 def test_rollouts_do_not_depend_on_the_path(policy, prompts):
-    """With the same random numbers the shared prompt and the repeated one sample the same responses."""
+    """With the same random numbers the shared prompt and the repeated one, growing and static caches sample the same responses."""
     samples = []
-    for policy.share_prompt in (True, False):
+    for policy.share_prompt, policy.static_cache in ((True, False), (False, False), (True, True), (False, True)):
         torch.manual_seed(0)
         samples.append(generate(policy, prompts, 4, max_new_tokens=8))
-    assert torch.equal(samples[0].response_ids, samples[1].response_ids)
+    assert all(torch.equal(samples[0].response_ids, other.response_ids) for other in samples[1:])
     assert not torch.isin(samples[0].response_ids, torch.tensor(policy.forbidden)).any()
     assert len({tuple(row.tolist()) for row in samples[0].response_ids}) > 6
 
