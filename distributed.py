@@ -86,7 +86,9 @@ def engine(policy, shard=False):
     bfloat16 the units gather bfloat16 weights for computing; master weights and the averaging of gradients stay float32.
     """
     if not shard:
-        return DistributedDataParallel(policy, forward_sync_buffers=False) if world() > 1 else policy
+        # Unused weights: towers with layers that nothing reads (LLaVA), and the whole tower in a batch without images.
+        options = dict(forward_sync_buffers=False, find_unused_parameters=True)
+        return DistributedDataParallel(policy, **options) if world() > 1 else policy
     precision = MixedPrecisionPolicy(param_dtype=policy.compute_dtype, reduce_dtype=torch.float32)
     for module in [m for m in policy.modules() if type(m).__name__ in (policy.model._no_split_modules or [])]:
         fully_shard(module, mp_policy=precision)

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from families import FAMILIES, SIGHT, TEXT, build
 from PIL import Image
+from processes import ONE_THREAD, ROOT, python
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 import dependency
@@ -216,22 +218,42 @@ def test_a_training_step(folder, tmp_path, monkeypatch):
     assert all(torch.equal(prompt[key], original[key]) for key in original)
 
 
-def test_the_scripts(folder, tmp_path, monkeypatch):
-    """train.py on a folder of pictures, then eval.py on its checkpoint."""
+def write_rows(folder):
+    """The examples as a data folder."""
+    folder.mkdir(parents=True)
     rows = []
-    (tmp_path / "rows" / "train").mkdir(parents=True)
     for i, example in enumerate(EXAMPLES):
         names = [f"{i}-{n}.png" for n in range(len(example.images))]
         for name, image in zip(names, example.images):
-            image.save(tmp_path / "rows" / "train" / name)
+            image.save(folder / name)
         rows.append({"file_names": names, "problem": example.problem, "answer": example.answer})
-    (tmp_path / "rows" / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+COMMON = ["--data", "rows", "--instruction", "", "--system_prompt", SYSTEM, "--max_new_tokens", "6"]
+STEP = ["--steps", "1", "--prompts_per_step", "4", "--group_size", "2", "--max_rounds", "1", "--method", "vppo_grpo"]
+
+
+def test_the_scripts(folder, tmp_path, monkeypatch):
+    """train.py on a folder of pictures, then eval.py on its checkpoint."""
+    write_rows(tmp_path / "rows" / "train")
     monkeypatch.chdir(tmp_path)
-    common = ["--data", "rows", "--instruction", "", "--system_prompt", SYSTEM, "--max_new_tokens", "6"]
-    flags = [*common, "--steps", "1", "--prompts_per_step", "3", "--group_size", "2", "--max_rounds", "1", "--method", "vppo_grpo"]
-    train.main(["--model", str(folder), "--output", "run", *flags])
+    train.main(["--model", str(folder), "--output", "run", *COMMON, *STEP])
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    assert line["step"] == 1 and line["prompts_sampled"] == 3
-    checkpoint = "run/checkpoints/step-000001"
-    evaluation.main(["--model", checkpoint, "--split", "train", "--samples", "2", "--output", "scores", *common])
+    assert line["step"] == 1 and line["prompts_sampled"] == 4
+    evaluation.main(["--model", "run/checkpoints/step-000001", "--split", "train", "--samples", "2", "--output", "scores", *COMMON])
     assert json.loads((tmp_path / "scores" / "eval.json").read_text())["prompts"] == 3
+
+
+@pytest.mark.slow
+def test_weights_that_nothing_reads_do_not_stop_several_processes(tmp_path):
+    """LLaVA leaves its tower's last layers unused: DDP must not wait for their gradients. DDP and FSDP2 agree."""
+    build("llava", tmp_path / "llava")
+    write_rows(tmp_path / "rows" / "train")
+    norms = []
+    for flags in ([], ["--shard"]):
+        words = ["--model", "llava", "--output", f"run{len(flags)}", "--entropy_penalty", "0.1", *COMMON, *STEP, *flags]
+        command = [*python(2), str(ROOT / "train.py"), *words]
+        subprocess.run(command, check=True, cwd=tmp_path, env=ONE_THREAD, capture_output=True, timeout=200)
+        norms.append(json.loads((tmp_path / f"run{len(flags)}" / "metrics.jsonl").read_text())["grad_norm"])
+    assert norms[0] > 0 and norms[1] == pytest.approx(norms[0], rel=1e-5)
