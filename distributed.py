@@ -111,7 +111,7 @@ def meeting(engine, last):
     """
     if isinstance(engine, DistributedDataParallel) and not last:
         return engine.no_sync()
-    return unsharded(engine, bare(engine).shares())
+    return unsharded(engine, bare(engine).path() == "cache")
 
 
 @contextlib.contextmanager

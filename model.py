@@ -140,6 +140,13 @@ def with_images(processor, prompt, images):
     return prompt | new
 
 
+def append(batch, ids, mask):
+    """A collated batch with more tokens at its end: (B, n) ids of plain text and their mask (token types of text are 0)."""
+    tail = {"input_ids": ids, "attention_mask": mask}
+    more = {key: tail.get(key, torch.zeros_like(ids)) for key in batch if is_per_token(batch, key)}
+    return batch | {key: torch.cat([batch[key], value], dim=1) for key, value in more.items()}
+
+
 def is_per_token(prompt, key):
     """True for tensors with one entry per token (ids, attention mask, token types); the others belong to the images."""
     return prompt[key].shape == prompt["input_ids"].shape and not prompt[key].is_floating_point()
@@ -236,6 +243,8 @@ class Policy(nn.Module):
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         model.generation_config = neutral_generation_config(self)
         # Most heads are a matrix product; some scale or cap their logits, which only the model's own forward pass knows.
+        layers = getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"]
+        self.can_pack = set(layers) == {"full_attention"}  # a mask of one's own would overrule a sliding window
         head = model.get_output_embeddings()
         with torch.no_grad():
             probe = torch.linspace(-3, 3, head.weight.shape[1]).to(head.weight)[None]
@@ -249,9 +258,15 @@ class Policy(nn.Module):
         """Computing in bfloat16 on float32 weights, if asked for: an Adam step of 1e-6 is lost in a bfloat16 weight."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
 
-    def shares(self):
-        """Whether a group's prompt is run once. Activation checkpointing, in training mode, does without the cache this needs."""
-        return self.share_prompt and not (self.training and self.model.is_activation_checkpointing)
+    def path(self):
+        """How prompts are run now: "cache" (once, the cache repeated for the group), "packed" (once, the group's responses after
+        it in one sequence) or "plain" (once for each response). Activation checkpointing, in training mode, drops the cache.
+        """
+        if not self.share_prompt:
+            return "plain"
+        if not (self.training and self.model.is_activation_checkpointing):
+            return "cache"
+        return "packed" if self.can_pack else "plain"
 
     def positions(self, batch):
         """position_ids for a forward pass, counting real tokens only; {} where the model makes its own from image grids."""
@@ -285,24 +300,47 @@ class Policy(nn.Module):
         repeated = {key: value.repeat_interleave(copies, dim=0) for key, value in per_token.items()}
         return cache, repeated, offset.repeat_interleave(copies, dim=0)
 
-    def states(self, prompts, response_ids, response_mask):
+    def states(self, prompts, response_ids, response_mask, path=None):
         """The hidden state that predicts each response token: (B, T, H), rows of len(response_ids) // len(prompts) a prompt."""
-        copies = len(response_ids) // len(prompts)
-        body = self.model.base_model
-        with self.precision():  # one context for both passes, so that weights are cast once
-            if self.shares():
-                cache, batch, offset = self.prefill(prompts, copies)
-                ids = torch.cat([batch["input_ids"][:, -1:], response_ids[:, :-1]], dim=1)  # (B, T)
-                mask = torch.cat([batch["attention_mask"], response_mask[:, :-1].long()], dim=1)  # (B, L + T - 1)
-                position = (mask.cumsum(1) - 1)[:, -ids.shape[1] :] + offset  # the same on all three axes: text has no grid
-                inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "past_key_values": cache}
-                return body(**inputs, use_cache=True)[0]
-            batch = collate(prompts, copies, self.pad_id, self.device)
-            start = batch["input_ids"].shape[1] - 1  # the column of the last prompt token
-            tail = {"input_ids": response_ids[:, :-1], "attention_mask": response_mask[:, :-1].long()}
-            for key in [key for key in batch if is_per_token(batch, key)]:  # token types of a response: 0, plain text
-                batch[key] = torch.cat([batch[key], tail.get(key, torch.zeros_like(response_ids[:, :-1]))], dim=1)
-            return body(**batch, **self.positions(batch), use_cache=False)[0][:, start:]
+        run = {"cache": self.states_on_cache, "packed": self.states_packed, "plain": self.states_plain}[path or self.path()]
+        with self.precision():  # one context for all passes, so that weights are cast once
+            return run(prompts, response_ids, response_mask, len(response_ids) // len(prompts))
+
+    def states_plain(self, prompts, response_ids, response_mask, copies):
+        """Prompt and response in one row of B: what most code does, and the reference for the other two."""
+        batch = collate(prompts, copies, self.pad_id, self.device)
+        start = batch["input_ids"].shape[1] - 1  # the column of the last prompt token
+        batch = append(batch, response_ids[:, :-1], response_mask[:, :-1].long())
+        return self.model.base_model(**batch, **self.positions(batch), use_cache=False)[0][:, start:]
+
+    def states_on_cache(self, prompts, response_ids, response_mask, copies):
+        """The prompt's cache, repeated; on it the last prompt token and the response."""
+        cache, batch, offset = self.prefill(prompts, copies)
+        ids = torch.cat([batch["input_ids"][:, -1:], response_ids[:, :-1]], dim=1)  # (B, T)
+        mask = torch.cat([batch["attention_mask"], response_mask[:, :-1].long()], dim=1)  # (B, L + T - 1)
+        position = (mask.cumsum(1) - 1)[:, -ids.shape[1] :] + offset  # the same on all three axes: text has no grid
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "past_key_values": cache}
+        return self.model.base_model(**inputs, use_cache=True)[0]
+
+    def states_packed(self, prompts, response_ids, response_mask, copies):
+        """One row per prompt: the prompt, then its responses one after the other, each of which sees the prompt and itself."""
+        batch, body = collate(prompts, 1, self.pad_id, self.device), self.model.base_model
+        (Q, L), tail = batch["input_ids"].shape, response_ids.shape[1] - 1  # a response's last token predicts nothing
+        if hasattr(body, "get_rope_index") and batch["mm_token_type_ids"].any():
+            position, offset = body.get_rope_index(**batch)  # (3, Q, L), (Q, 1)
+        else:
+            position, offset = self.positions(batch)["position_ids"], 0
+        after = batch["attention_mask"].sum(1, keepdim=True) + offset + torch.arange(tail, device=self.device)  # (Q, tail)
+        position = torch.cat([position, after.repeat(1, copies).expand(*position.shape[:-1], -1)], dim=-1)
+        batch = append(batch, response_ids[:, :-1].reshape(Q, -1), response_mask[:, :-1].long().reshape(Q, -1))
+        part = torch.cat([torch.zeros(L), torch.arange(1, copies + 1).repeat_interleave(tail)]).to(self.device)  # 0: prompt
+        sees = ((part == 0) | (part == part[:, None])).tril() & (batch["attention_mask"] > 0)[:, None, None]  # (Q, 1, N, N)
+        # Added to attention scores. The smallest bfloat16 and not -inf: a padded row sees nothing and must not become NaN.
+        barrier = torch.zeros(sees.shape, dtype=self.model.dtype, device=self.device).masked_fill(~sees, torch.finfo(torch.bfloat16).min)
+        states = body(**batch | {"attention_mask": barrier}, position_ids=position, use_cache=False)[0]  # (Q, N, H)
+        first = states[:, L - 1 : L, None].expand(-1, copies, -1, -1)  # (Q, 1, H) -> (Q, G, 1, H)
+        rest = states[:, L:].reshape(Q, copies, tail, -1)
+        return torch.cat([first.reshape(Q, copies, 1, -1), rest], dim=2).flatten(0, 1)
 
     def own_head(self, states):
         """(N, H) -> (N, V) logits by the model's own forward pass, whose body is made to return the given states."""
@@ -320,29 +358,31 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def check_sharing(self, prompt):
-        """Go on sharing prompts only if that gives this model's own numbers on a first one. Returns a sentence for the log.
+        """Go on sharing prompts only where that gives this model's own numbers on a first one. Returns a sentence for the log.
 
         Rounding moves less than 1e-3 of a token's probability to other tokens (bfloat16: 0.05). A model that makes something else
-        of a repeated cache, or of the positions it is given, is off by far more, or raises.
+        of a repeated cache, or of the positions and masks it is given, is off by far more, or raises.
         """
-        if not self.share_prompt:
-            return "a prompt is repeated for each response, as asked"
         was_training, limit = self.training, 1e-3 if self.compute_dtype == torch.float32 else 0.05
         self.eval()
         ids = torch.full((2, 4), self.eos_ids[0], device=self.device)  # any tokens do, if they are two different rows
         ids[1, ::2] = self.pad_id
-        arguments = ([prompt], ids, torch.ones_like(ids, dtype=torch.bool))
-        try:
-            shared = self.logits(self.states(*arguments)).softmax(-1)
-            self.share_prompt = False
-            moved = (shared - self.logits(self.states(*arguments)).softmax(-1)).abs().sum(-1).mean().item()
-            self.share_prompt = moved < limit
-            reason = f"moves {moved:.0e} of the probability"
-        except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError) as error:
-            self.share_prompt = False
-            reason = f"fails ({str(error).splitlines()[0][:80]})"
+        plain, notes, good = None, [], {}
+        for path in ("plain", "cache", "packed"):
+            try:
+                found = self.logits(self.states([prompt], ids, torch.ones_like(ids, dtype=torch.bool), path)).softmax(-1)
+                plain = found if plain is None else plain
+                moved = (found - plain).abs().sum(-1).mean().item()
+                good[path], reason = moved < limit, f"moves {moved:.0e} of the probability"
+            except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError) as error:
+                if path == "plain":
+                    raise
+                good[path], reason = False, f"fails ({str(error).splitlines()[0][:80]})"
+            notes.append(f"{path} {reason}")
         self.train(was_training)
-        return f"a prompt is {'run once for its group' if self.share_prompt else 'repeated for each response'}: sharing it {reason}"
+        self.share_prompt, self.can_pack = self.share_prompt and good["cache"], self.can_pack and good["packed"]
+        where = {"cache": "run once for its group", "packed": "run once for its group, packed in updates", "plain": "repeated for each response"}
+        return f"a prompt is {where[self.path()]} ({', '.join(notes[1:])})"
 
     def logits(self, states):
         """(..., H) -> (..., V) float32 logits of the distribution that is sampled: temperature applied, placeholders at -inf."""

@@ -262,8 +262,7 @@ def main(argv=None):
               f"on {cfg.data}, output in {folder}")  # fmt: skip
         print(f"{cfg.steps} steps x {cfg.prompts_per_step} prompts x {cfg.group_size} responses = {cfg.steps * responses} responses; "
               f"{cfg.updates_per_rollout} update(s) a step of {responses // cfg.updates_per_rollout} responses")  # fmt: skip
-        repeated = "; in updates it is repeated, for checkpointing drops the cache" if policy.share_prompt and not policy.shares() else ""
-        print(sharing + repeated)
+        print(sharing)
         if resume:
             print(f"resumed at step {progress['step']}{f' from {path}' if path else ': it has no whole checkpoint yet'}")
 

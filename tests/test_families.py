@@ -98,16 +98,21 @@ def test_masked_prompts_need_only_the_image_processor(policy, prompts):
 # ---------------------------------------------------------------------------------------------------------------------
 # The shared prompt
 # ---------------------------------------------------------------------------------------------------------------------
-def test_shared_prompt_equals_plain_path(policy, prompts):
+@pytest.mark.parametrize("path", ["cache", "packed"])
+def test_shared_prompt_equals_plain_path(path, policy, prompts):
     """Hidden states to 1e-9 in float64; gradients, through float32 logits, to 1e-6 of their norm."""
+    if path == "packed" and not policy.can_pack:
+        assert "sliding_attention" in policy.model.config.get_text_config().layer_types  # Gemma 3
+        pytest.skip("layers with a sliding window are not packed")
     policy.double().eval()
     prompts = [{key: value.double() if value.is_floating_point() else value for key, value in prompt.items()} for prompt in prompts]
     ids, mask = responses(policy, prompts, copies=3)
     states, gradients = [], []
-    for policy.share_prompt in (True, False):
+    for way in (path, "plain"):
         policy.zero_grad()
-        states.append(policy.states(prompts, ids, mask)[mask].detach())
-        policy(prompts, ids, mask, mask)[0].sum().backward()
+        states.append(policy.states(prompts, ids, mask, way)[mask])
+        logits = policy.logits(states[-1])
+        logits.logsumexp(-1).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
     assert states[1].std() > 0.1 and (states[0] - states[1]).abs().max() < 1e-9
     assert gradients[1].norm() > 0 and (gradients[0] - gradients[1]).norm() < 1e-6 * gradients[1].norm()
@@ -131,7 +136,12 @@ def test_the_plain_path_is_the_models_own(policy, prompts):
 
 
 def test_the_check_says_which_path_runs(policy, prompts, monkeypatch):
-    assert "run once for its group" in policy.check_sharing(prompts[1]) and policy.share_prompt
+    assert "run once for its group (cache moves" in policy.check_sharing(prompts[1]) and policy.path() == "cache"
+    policy.train()
+    policy.model.activation_checkpointing_enable()
+    note = policy.check_sharing(prompts[1])
+    assert policy.path() == ("packed" if policy.can_pack else "plain") and ("packed in updates" in note) == policy.can_pack
+    policy.eval()
     honest = Policy.prefill
 
     def forgets_positions(self, *arguments, **words):
@@ -141,11 +151,11 @@ def test_the_check_says_which_path_runs(policy, prompts, monkeypatch):
     def cannot(self, *arguments, **words):
         raise NotImplementedError("no cache to repeat")
 
-    for broken, reason in ((forgets_positions, "of the probability"), (cannot, "no cache to repeat")):
+    for broken, reason in ((forgets_positions, "of the probability"), (cannot, "cache fails (no cache to repeat)")):
         monkeypatch.setattr(Policy, "prefill", broken)
         policy.share_prompt = True
         note = policy.check_sharing(prompts[1])
-        assert not policy.share_prompt and "repeated for each response" in note and reason in note
+        assert policy.path() == "plain" and "repeated for each response" in note and reason in note
 
 
 def test_a_head_that_scales_its_logits_keeps_its_own_forward():
