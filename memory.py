@@ -71,7 +71,9 @@ def memory_per_gpu(
         if keep == "nothing":  # one layer at a time, the tower before the language model
             return max(tokens * (inner + outer), runs * (tower_inner + tower_outer))
         if keep == "inputs":  # those of all layers, and one layer run again for its backward pass
-            return tokens * (layers * outer + inner) + runs * (depth * tower_outer + tower_inner)
+            row = tokens // prompts if share else length  # a packed row holds the group; its mask is float32
+            again = layer_bytes(text.hidden_size, query, text.intermediate_size, row, bf16) + 4 * row * share
+            return tokens * (layers * outer + again) + runs * (depth * tower_outer + tower_inner)
         # Each response has a copy of the shared prompt's keys and values, repeated for all query heads.
         copies = layers * responses * prompt * 2 * query * b if share else 0
         return tokens * layers * inner + runs * depth * tower_inner + copies
@@ -83,17 +85,16 @@ def memory_per_gpu(
     tokens = responses * response_tokens
     prefilled = max(1, responses_at_once // group_size)  # prompts in one call of generate
     generated = prefilled * group_size
-    # Checkpointed layers drop a cache they are given, so such an update has to repeat the prompt.
-    share_update, keep = (False, "inputs") if activation_checkpointing else (share_prompt, "all")
+    keep = "inputs" if activation_checkpointing else "all"
 
     total, root, unit = count_parameters(config)
     own = total / gpus if shard else total
     fixed = {"parameters": 4 * own, "adam": 8 * own}
     fixed["ddp buckets"] = 4 * total if gpus > 1 and not shard else 0  # a second copy of the gradients, to exchange them
     # Weights in the compute type beside the float32 ones: autocast copies all; FSDP gathers all to generate, to score and to
-    # update with a shared prompt (distributed.meeting), else the root, a layer and the next.
+    # update on a repeated cache (distributed.meeting), else the root, a layer and the next.
     whole = b * total if shard or bf16 else 0
-    gathered = b * (root + 2 * unit) if shard and not share_update else whole
+    gathered = whole if keep == "all" and share_prompt or not shard else b * (root + 2 * unit)
     row = 4 * text.vocab_size  # a token's logits, float32
     chunk = min(tokens, max(1, 2**24 // text.vocab_size))  # dependency.score_tokens
     phases = {
@@ -110,7 +111,7 @@ def memory_per_gpu(
         "update": {
             "gradients": 4 * own,  # freed before the next rollout; fused AdamW works in place
             "compute weights": gathered, "unsharded gradients": b * (root + unit) if shard else 0,
-            "activations": activations(prompts, responses, tokens, share_update, keep),
+            "activations": activations(prompts, responses, tokens, share_prompt, keep),
             "logits": 4 * -(-tokens * k // 1) * row,  # the kept tokens' logits, and three tensors in the backward pass
         },
     }  # fmt: skip

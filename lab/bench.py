@@ -345,6 +345,11 @@ def main(argv=None):
         times = in_turn(bench.repeats, **pair)
         name = "score + masked score + update, shared / plain: 256 image tokens, 64 response tokens, G = 8"
         lines.append(line(name, ratios(times["shared"], times["plain"]), 0.28))
+        policy.model.activation_checkpointing_enable()
+        pair = {name: learning(policy, large, questions(8, 256), name == "packed") for name in ("packed", "plain")}
+        times = in_turn(bench.repeats, **pair)
+        policy.model.activation_checkpointing_disable()
+        lines.append(line("the same with activation checkpointing, packed / plain", ratios(times["packed"], times["plain"]), 1.0))
         wide = build(hidden_size=256, num_attention_heads=8, num_key_value_heads=8, vocab_size=VOCABULARY)
         small = BenchConfig(prompts=4, image_tokens=64, response_tokens=64)
         pair = {name: learning(wide, small, questions(8, 64), True, name) for name in ("tgf", "all")}

@@ -131,8 +131,10 @@ def test_activations_by_hand():
     assert update() == 26 * 2 * 432 + 6400 + 768
     # repeated: 2 x 16 tokens, two images
     assert update(share_prompt=False) == 32 * 2 * 432 + 2 * 6400
-    # checkpointed: layer inputs are 4 x 8 = 32 bytes a token and a patch; 32 tokens, two images of 16 patches
-    assert update(activation_checkpointing=True) == 32 * (2 * 32 + 432) + 2 * (16 * 32 + 6400)
+    # checkpointed: layer inputs are 4 x 8 = 32 bytes a token and a patch; repeated: 32 tokens, two images of 16 patches
+    assert update(activation_checkpointing=True, share_prompt=False) == 32 * (2 * 32 + 432) + 2 * (16 * 32 + 6400)
+    # packed: 26 tokens that may see 26, so a layer has 432 + 2 x 10 bytes a token, and a float32 mask
+    assert update(activation_checkpointing=True) == 26 * (2 * 32 + 452 + 4 * 26) + 16 * 32 + 6400
     # scoring keeps one layer: the larger of 26 x (432 + 32) and 16 x (400 + 32)
     assert in_bytes(memory_per_gpu(small(), **WORK)["score"])["activations"] == 12_064
 
