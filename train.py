@@ -222,6 +222,7 @@ def watch_signals():
 def main(argv=None):
     """One run from start to end; returns its summary, or None if it was asked to stop before the end."""
     cfg, resume = parse(argv)
+    whole = dataclasses.replace(cfg, temperature=1.0, top_p=1.0)  # how evaluation samples (Section 4)
     # Data before the model: a bad row should not cost a model's loading time.
     train_data, val_data, test_data = (load_data(cfg.data, split, cfg.instruction) for split in ("train", "val", "test"))
 
@@ -273,7 +274,7 @@ def main(argv=None):
         """Held-out scores; None if there is no held-out data or it is switched off."""
         if test_data is None or not cfg.test_prompts:
             return None
-        scores, records = evaluate(policy, test_data, cfg, cfg.test_prompts, cfg.eval_samples, cfg.seed, f"held-out {when}")
+        scores, records = evaluate(policy, test_data, whole, cfg.test_prompts, cfg.eval_samples, cfg.seed, f"held-out {when}")
         if first:
             (folder / f"test-{when}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         return scores
@@ -290,7 +291,7 @@ def main(argv=None):
         last = step + 1 == cfg.steps
         if val_data is not None and cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or last):
             clock = time.perf_counter()
-            scores, _ = evaluate(policy, val_data, cfg, cfg.eval_prompts, cfg.eval_samples, cfg.seed, "validation")
+            scores, _ = evaluate(policy, val_data, whole, cfg.eval_prompts, cfg.eval_samples, cfg.seed, "validation")
             metrics |= {"val_avg": scores["avg"], "val_avg_ci": scores["avg_ci"], "seconds_eval": time.perf_counter() - clock}
         if first:
             append(folder / "metrics.jsonl", metrics)
