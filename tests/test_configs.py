@@ -1,0 +1,271 @@
+"""configs/: what --dry_run says of each, by hand; that it needs no network; and that each field has a source in the table."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lab.bench import peak_memory
+from transformers import AutoConfig
+
+import tiny
+import train
+from dryrun import KNOWN
+from loss import token_entropy
+from memory import count_parameters
+
+ROOT = Path(train.__file__).parent
+CONFIGS = sorted((ROOT / "configs").glob("*.json"))
+# Any attempt to reach another machine ends the process at once, whatever would catch an exception.
+NO_NETWORK = """
+import os, sys
+def guard(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        os._exit(97)
+sys.addaudithook(guard)
+"""
+
+
+def offline(folder, *words, **environment):
+    """Run python without network and with an empty hub cache, both under `folder`."""
+    (folder / "guard").mkdir(exist_ok=True)
+    (folder / "guard" / "sitecustomize.py").write_text(NO_NETWORK)
+    here = {"PYTHONPATH": str(folder / "guard"), "HF_HOME": str(folder / "hub"), "OMP_NUM_THREADS": "1", **environment}
+    kept = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_HUB_CACHE")}
+    return subprocess.run([sys.executable, *words], cwd=folder, env=kept | here, capture_output=True, text=True)
+
+
+def described(capsys, *flags):
+    """What --dry_run prints, in this process."""
+    with pytest.raises(SystemExit) as end:
+        train.parse([*flags, "--dry_run"])
+    assert not end.value.code
+    return capsys.readouterr().out
+
+
+def table(text):
+    """The rows of the table of GPU counts: {GPUs: cells}."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    return {int(cells[0]): cells[1:] for cells in rows[1:]}
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty folder as working directory, and nothing in the hub's cache."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Each config, from the command line
+# ---------------------------------------------------------------------------------------------------------------------
+def test_the_guard_ends_whoever_asks_the_network(tmp_path):
+    assert offline(tmp_path, "-c", "import socket; socket.create_connection(('127.0.0.1', 9))").returncode == 97
+    assert offline(tmp_path, "-c", "import socket; socket.getaddrinfo('huggingface.co', 443)").returncode == 97
+    assert offline(tmp_path, "-c", "pass").returncode == 0
+
+
+# name: lines it must print; GPUs; on so many: prompts, responses, responses of an update; whether it fits 80 GB as it stands
+EXPECTED = {
+    # 202 x 384 = 77,568; / 38,870 = 1.9956; x 3 rounds = 232,704; / 38,870 = 5.987. 8.292e9 weights x 2, 4, 12 bytes.
+    "qwen2.5-vl-7b": (
+        ["384 prompts x 8 responses = 3,072 responses; 3 update(s) of 128 prompts = 1,024 responses",
+         "202 steps = 77,568 prompts trained on = 2.00 epochs of 38,870 rows", "up to 232,704 prompts = 5.99 epochs",
+         "8.292 billion weights", "16.6 GB in bfloat16", "33.2 GB of CPU memory", "99.5 GB a checkpoint",
+         "lr = 1e-06  (default 0.0003)", "Fits 80 GB cards as it stands on: 4, 8, 16, 32 GPU(s)"],
+        8, ["48", "384", "128"], "yes",
+    ),
+    # 33.453e9 weights; 384 / 32 = 12 prompts, of which 4 an update
+    "qwen2.5-vl-32b": (
+        ["66.9 GB in bfloat16", "401.4 GB a checkpoint", "responses of 4096", "on: none of these numbers of GPU(s)"],
+        32, ["12", "96", "32"], "no, 92 GiB at least",
+    ),
+    # 129 x 48 = 6,192; / 2,101 = 2.947. 384 responses, 3 updates of 16 prompts = 128.
+    "qwen2.5-vl-3b-single-gpu": (
+        ["48 prompts x 8 responses = 384 responses; 3 update(s) of 16 prompts = 128 responses", "6,192 prompts trained on",
+         "= 2.95 epochs of 2,101 rows", "7.5 GB in bfloat16"],
+        1, ["48", "384", "128"], "yes",
+    ),
+    # 130 x 384 = 49,920; / 38,870 = 1.284
+    "qwen3-vl-8b": (
+        ["49,920 prompts trained on = 1.28 epochs of 38,870 rows", "8.767 billion weights", "responses of 8192",
+         "entropy_penalty = 0.12"],
+        8, ["48", "384", "128"], "yes",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_dry_run_of_each_config(name, tmp_path):
+    lines, gpus, work, fits = EXPECTED[name]
+    done = offline(tmp_path, ROOT / "train.py", "--config", ROOT / "configs" / f"{name}.json", "--dry_run")
+    assert (done.returncode, done.stderr) == (0, "")
+    for line in lines:
+        assert line in done.stdout
+    row = table(done.stdout)[gpus]
+    assert row[:3] == work and row[-1] == fits
+    # nothing was downloaded, and there is no output folder
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".pyc"] == ["sitecustomize.py"]
+
+
+def test_every_config_is_expected():
+    assert {path.stem for path in CONFIGS} == set(EXPECTED)
+
+
+def test_memory_of_the_7b_rollout_by_hand(capsys, workplace):
+    out = described(capsys, "--config", str(ROOT / "configs" / "qwen2.5-vl-7b.json"))
+    states = 12 * 8.292e9 / 8  # float32 weights and two Adam moments, over 8 GPUs
+    whole = 2 * 8.292e9  # gathered in bfloat16
+    # 28 layers, keys and values, 4 heads of 128, 2 bytes; 64 responses of 4096 + 2048 tokens
+    cache = 28 * 2 * 4 * 128 * 2 * 64 * (4096 + 2048)
+    # The prefill of 8 images of 4096 tokens = 16,384 patches. A patch in a vision layer: 16 x 1280 + 2 (9 x 1280 + 4 x 3420), and
+    # its input, 4 x 1280. (In a text layer a token takes more, 300,032 bytes, but there are four times fewer: 9.83e9.)
+    prefill = 8 * 16_384 * (16 * 1280 + 2 * (9 * 1280 + 4 * 3420) + 4 * 1280)
+    logits = 4 * 64 * 4 * 152_064
+    assert float(table(out)[8][3]) == pytest.approx((states + whole + cache + prefill + logits) / 2**30, abs=0.06)
+
+
+def test_longer_prompts_take_more(capsys, workplace):
+    flags = ["--config", str(ROOT / "configs" / "qwen2.5-vl-7b.json")]
+    short, long = (float(table(described(capsys, *flags, "--max_prompt_tokens", n))[8][3]) for n in ("1024", "4096"))
+    assert short < long
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What else it says
+# ---------------------------------------------------------------------------------------------------------------------
+def test_laptop(capsys, workplace):
+    out = described(capsys)
+    assert "differ from their defaults:\n  none\n" in out and "epochs" not in out and "no download" in out
+    # 16 prompts x 8, 2 updates; on 4 GPUs 4 prompts each; on 16 one prompt each, in one of the updates; 32 are too many
+    assert "16 prompts x 8 responses = 128 responses; 2 update(s) of 8 prompts = 64 responses" in out
+    rows = table(out)
+    assert rows[4][:3] == ["4", "32", "16"] and rows[16][:3] == ["1", "8", "8"] and rows[32][-1] == "no, fewer prompts than GPUs"
+    assert not list(workplace.iterdir())
+
+
+def test_uneven_shares(capsys, workplace):
+    out = described(capsys, "--prompts_per_step", "7", "--updates_per_rollout", "3", "--method", "grpo")
+    assert "3 update(s) of 2 prompts = 16 responses or 3 prompts = 24 responses" in out and "dynamic" not in out
+    assert table(out)[2][:3] == ["4", "32", "16"]  # the busier of two ranks: 4 prompts, at most 2 of them in an update
+
+
+def test_the_flags_it_names_are_the_fewest_that_fit(capsys, workplace):
+    flags = ["--config", str(ROOT / "configs" / "qwen2.5-vl-7b.json"), "--shard", "false", "--activation_checkpointing", "false"]
+    named = table(described(capsys, *flags))[8][-1]
+    assert named == "with --shard --activation_checkpointing"
+    for advice, fits in ((named[5:], True), ("--shard", False), ("--activation_checkpointing", False)):
+        assert (table(described(capsys, *flags, *advice.split()))[8][-1] == "yes") == fits
+
+
+def test_torchrun_adds_its_number_of_processes(capsys, workplace, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert table(described(capsys))[6][:3] == ["3", "24", "16"]
+    monkeypatch.setenv("RANK", "1")
+    assert described(capsys) == ""  # rank 0 speaks for all
+
+
+def test_a_cached_config_counts_more_than_the_published_dimensions(capsys, tmp_path):
+    config = tiny.build_model(tiny.build_processor(), **tiny.RECIPE).config
+    cache = tmp_path / "hub" / "hub" / "models--Qwen--Qwen2.5-VL-7B-Instruct"
+    config.save_pretrained(cache / "snapshots" / ("0" * 40))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0" * 40)
+    done = offline(tmp_path, ROOT / "train.py", "--model", "Qwen/Qwen2.5-VL-7B-Instruct", "--dry_run")
+    assert done.returncode == 0 and "0.002 billion weights (by its config.json on this machine)" in done.stdout
+    config.save_pretrained(tmp_path / "mine")
+    out = described(capsys, "--model", str(tmp_path / "mine"), "--output", str(tmp_path / "out"))
+    assert "0.002 billion weights (by its config.json on this machine); no download" in out
+
+
+def test_an_unknown_hub_id_is_no_error(capsys, workplace):
+    assert "a/b: its config.json is not on this machine, so its memory cannot be estimated" in described(capsys, "--model", "a/b")
+
+
+def test_dry_run_is_no_field(workplace):
+    train.parse(["--method", "grpo"])
+    Path("c.json").write_text('{"dry_run": true}')
+    with pytest.raises(ValueError, match="unknown fields: dry_run"):
+        train.parse(["--config", "c.json"])
+
+
+@pytest.mark.parametrize("name, weights", [("Qwen3-VL-8B", 8.77e9), ("Qwen2.5-VL-7B", 8.29e9)])
+def test_known_dimensions(name, weights):
+    assert count_parameters(KNOWN[f"Qwen/{name}-Instruct"])[0] == pytest.approx(weights, rel=0.005)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Unsound configs: exit status 1 and one sentence
+# ---------------------------------------------------------------------------------------------------------------------
+def test_an_unsound_config_ends_with_one_sentence(tmp_path):
+    values = json.loads((ROOT / "configs" / "qwen2.5-vl-7b.json").read_text()) | {"updates_per_rollout": 400}
+    (tmp_path / "c.json").write_text(json.dumps(values))
+    done = offline(tmp_path, ROOT / "train.py", "--config", "c.json", "--dry_run")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "train.py: --updates_per_rollout 400 exceeds --prompts_per_step 384\n"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--model ./missing", "model './missing' is unknown: give tiny, a folder with a config.json, or a hub id OWNER/NAME"),
+        ("--model text", r"model 'text' \(llama\) is not an image-text-to-text model"),
+        ("--model broken", "model 'broken': its config.json cannot be used"),
+        ("--data nowhere", "data 'nowhere' is unknown"),
+        ("--data rows", "rows/metadata.jsonl, line 1: no problem"),
+        ("--output text", "--output text already holds a run"),
+        ("--prompts_per_step 3", "--prompts_per_step 3 must be at least the number of ranks, 4"),
+    ],
+)
+def test_unsound(flags, message, workplace, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name in ("text", "broken", "rows"):
+        (workplace / name).mkdir()
+    AutoConfig.for_model("llama").save_pretrained("text")
+    Path("broken/config.json").write_text("{")
+    Path("rows/metadata.jsonl").write_text('{"file_name": "a.png"}')
+    with pytest.raises(ValueError, match=message) as error:
+        train.parse([*flags.split(), "--dry_run"])
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table of sources, and what the estimate says of an entropy penalty
+# ---------------------------------------------------------------------------------------------------------------------
+def test_every_field_stands_in_the_table():
+    lines = [line for line in (ROOT / "configs" / "README.md").read_text().splitlines() if line.startswith("|")]
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    columns = {path: next(c for c, name in enumerate(header) if c and path.stem.endswith(name)) for path in CONFIGS}
+    assert len(set(columns.values())) == len(CONFIGS) == len(header) - 2
+    for path, column in columns.items():
+        listed = {cells[0]: cells[column] for cells in rows if cells[column] != "-"}
+        values = json.loads(path.read_text())
+        assert set(listed) == set(values)
+        for name, value in values.items():
+            assert listed[name] == value if isinstance(value, str) else json.loads(listed[name]) == value, (path.name, name)
+    for cells in rows:
+        assert re.match("Table|Appendix|Section|Eq\\.|official|ours", cells[-1]), cells[0]
+        assert len(cells) == len(header)
+
+
+@pytest.mark.parametrize("exact, factor", [(False, 4), (True, 7)])
+def test_logits_in_the_update(exact, factor):
+    """Rows of float32 logits alive at once in the loss and its backward pass: what memory_per_gpu multiplies by."""
+    V, N = 20_000, 64
+    head, states, ids = torch.nn.Linear(16, V, bias=False), torch.randn(N, 16, requires_grad=True), torch.zeros(N, 1).long()
+    head.weight.grad = torch.zeros_like(head.weight)
+
+    def update():
+        """model.Policy.logits and forward, reduced to what is of size N x V."""
+        logits = torch.add(torch.zeros(V), head(states).float())
+        value = logits.gather(-1, ids)[:, 0] - logits.logsumexp(-1)
+        value = value + token_entropy(logits) if exact else value
+        del logits
+        value.sum().backward()
+
+    weight_gradient = 16 / N  # V x 16, in units of N x V
+    assert factor - 1 < peak_memory(update) / (4 * N * V) <= factor + weight_gradient
