@@ -2,6 +2,7 @@
 
     python eval.py --model runs/vppo-digits-0/checkpoints/step-000100 --data digits --samples 8
     torchrun --nproc_per_node=8 eval.py --model Qwen/Qwen2.5-VL-7B-Instruct --data FOLDER --max_new_tokens 2048
+    python eval.py --model M --benchmark all --grader math-verify --prompts 0 --max_new_tokens 2048     see benchmarks.py
 
 avg@k: each prompt is answered k times (temperature 1, top-p 1, as in the paper, Section 4); the mean of all rewards.
 pass@k: the share of prompts with at least one right answer among the k.
@@ -9,11 +10,12 @@ The intervals are clustered by prompt: the k answers to one prompt are no indepe
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+import benchmarks
 import distributed
 import reward
 import tiny
@@ -29,6 +31,7 @@ class EvalConfig:
 
     model: str = option("tiny", "'tiny' (warmed up, before RL), a checkpoint folder, or a hub id")
     data: str = option("digits", "'digits', a folder with metadata.jsonl and images, or a hub id")
+    benchmark: str = option("", "the paper's, by name, or 'all': see benchmarks.py; --data is then a local copy")
     split: str = option("test", "train, val or test")
     samples: int = option(8, "responses per prompt: the k of avg@k and pass@k")
     prompts: int = option(512, "how many prompts, from the first; 0 takes all")
@@ -60,17 +63,18 @@ def evaluate(policy, dataset, cfg, prompts, samples, seed=0, progress="evaluatio
     prompts are dealt out over the ranks; sampling is keyed by (seed, rank) and leaves the global generator as it was.
     """
     numbers = range(distributed.rank(), min(prompts or len(dataset), len(dataset)), distributed.world())
-    examples = [dataset[i] for i in numbers]
-    encoded = [encode_checked(policy, example, cfg) for example in examples]
     records = []
     progress = progress if distributed.rank() == 0 else None
     with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []), distributed.unsharded(policy):
         torch.manual_seed(seed * 1_009 + distributed.rank())
-        if examples:
+        for start in range(0, len(numbers), 512):  # whose images and prompts are in memory together
+            part = numbers[start : start + 512]
+            examples = [dataset[i] for i in part]
+            encoded = [encode_checked(policy, example, cfg) for example in examples]
             rollout = generate(
                 policy, encoded, samples, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.responses_at_once, progress
             )
-            for q, (number, example) in enumerate(zip(numbers, examples)):
+            for q, (number, example) in enumerate(zip(part, examples)):
                 texts = rollout.texts[q * samples : (q + 1) * samples]
                 rewards = [reward.grade(text, example.answer, cfg.grader) for text in texts]
                 records.append({"number": number, "name": example.name, "problem": example.problem, "answer": example.answer,
@@ -95,7 +99,9 @@ def main(argv=None):
     if cfg.samples < 1 or cfg.prompts < 0 or cfg.max_new_tokens < 1 or cfg.temperature <= 0 or not 0 < cfg.top_p <= 1:
         others = "--prompts not be negative, --temperature be positive and --top_p be in (0, 1]"
         raise ValueError(f"--samples must be at least 1, --max_new_tokens too, {others}")
-    dataset = load_data(cfg.data, cfg.split, cfg.instruction)
+    copy = "" if cfg.data == EvalConfig.data else cfg.data
+    sets = {name: benchmarks.load(name, copy, cfg.instruction) for name in benchmarks.named(cfg.benchmark)}
+    dataset = next(iter(sets.values())) if sets else load_data(cfg.data, cfg.split, cfg.instruction)
     if dataset is None and (Path(cfg.data) / "metadata.jsonl").exists():  # a folder without splits is evaluated whole
         dataset = load_data(cfg.data, "train", cfg.instruction)
     if dataset is None:
@@ -106,7 +112,21 @@ def main(argv=None):
     policy = Policy(*load(folder, device), cfg.temperature)
     policy.check_sharing(encode_checked(policy, dataset[0], cfg))
     base = Path(cfg.model) if Path(cfg.model).is_dir() else Path("runs")
-    output = Path(cfg.output or base / f"eval-{Path(cfg.data).name}-{cfg.split}")
+    output = Path(cfg.output or base / ("eval-benchmarks" if sets else f"eval-{Path(cfg.data).name}-{cfg.split}"))
+    if not sets:
+        measure(policy, dataset, cfg, output)
+    results = {}
+    for name, dataset in sets.items():
+        one = replace(cfg, data=name, split=benchmarks.BENCHMARKS[name].split)
+        results[name] = measure(policy, dataset, one, output / name)
+        if distributed.rank() == 0:
+            table = benchmarks.write(results, output)  # after each, for they take hours
+    if sets and distributed.rank() == 0:
+        print(f"\n{table}\n\n{output}/results.md, results.json")
+
+
+def measure(policy, dataset, cfg, output):
+    """Evaluate on one data set and write responses.jsonl and eval.json. Returns eval.json's content; None but on rank 0."""
     output.mkdir(parents=True, exist_ok=True)
     scores, records = evaluate(policy, dataset, cfg, cfg.prompts, cfg.samples, cfg.seed)
     if distributed.rank():
@@ -117,6 +137,7 @@ def main(argv=None):
     result = {"model": cfg.model, "data": cfg.data, "split": cfg.split, "prompts": len(records), "samples": cfg.samples, **scores}
     (output / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"{describe(scores, cfg.samples)}   ({len(records)} prompts of {cfg.data}, {cfg.split}; responses in {output})")
+    return result
 
 
 if __name__ == "__main__":

@@ -6,17 +6,24 @@ no text is ever run as code, and no text raises or stalls a run.
 
 Two graders, chosen by `--grader`:
 * `exact` (default, no dependency): numbers as exact fractions, option letters, words, otherwise normalised text.
-* `math-verify`: also algebra, "2\sqrt{3}" = "\sqrt{12}", through sympy. `pip install math-verify`.
+* `math-verify`: also algebra, "2\sqrt{3}" = "\sqrt{12}", through sympy, in a process of its own (this file as a
+  script). `pip install math-verify`.
 """
 
+import contextlib
+import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from fractions import Fraction
 
 # A final answer is short. Longer ones must match character by character, which bounds the time of everything below and
 # keeps numbers far under Python's limit on converting between int and str (4,300 digits).
 MAX_LENGTH = 300
-TIME_LIMIT = 3  # seconds for each call into math-verify; an ordinary answer takes a hundredth of that
+TIME_LIMIT = 3  # processor seconds of math-verify for one answer; an ordinary one takes a hundredth of that
+MEMORY_LIMIT = 2 << 30  # bytes of its process: 9^{9^9} alone has 370 million digits
 
 
 # "\\." swallows escaped characters, so that the braces of \{ and \} are text and not structure, as in TeX.
@@ -51,6 +58,19 @@ def extract_answer(text):
             if start is not None and start > best_start:
                 best_start, best_end = start, match.start()
     return text[best_start:best_end] if best_start >= 0 else None
+
+
+SIGNS = {"\u2212": "-", "\u221a": "\\sqrt", "\u03c0": "\\pi ", "\u00b0": "^\\circ ", "\u2264": "\\le ", "\u2265": "\\ge ",
+         "\u00d7": "\\times ", "\u221e": "\\infty "}  # fmt: skip
+
+
+def to_latex(text):
+    r"""Signs of Unicode as LaTeX.
+
+    >>> to_latex("2√12"), to_latex("30°").rstrip()
+    ('2\\sqrt{12}', '30^\\circ')
+    """
+    return re.sub("\u221a ?([0-9]+)", r"\\sqrt{\1}", text).translate(str.maketrans(SIGNS))
 
 
 FONTS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
@@ -96,10 +116,11 @@ def normalise(text):
     >>> normalise(r"$\text{(B)}$."), normalise(r"1{,}234.50"), normalise(r"x = \dfrac{2}{4}")
     ('b', '2469/2', 'x=1/2')
     """
+    text = to_latex(text)
     while (bare := FONTS.sub(r"\1", text)) != text:  # once per level of nesting
         text = bare
     # Marks that only set type: $, \( \), \[ \], \left, \right, \!
-    text = re.sub(r"\\?\$|\\[()\[\]!]|\\(?:left|right|displaystyle)(?![A-Za-z])", "", text).replace("\u2212", "-").strip()
+    text = re.sub(r"\\?\$|\\[()\[\]!]|\\(?:left|right|displaystyle)(?![A-Za-z])", "", text).strip()
     if match := THOUSANDS.fullmatch(text):  # before spaces go: they tell "1, 234" from "1,234"
         text = match[1].replace(match[2], "") + match[3]
     text = re.sub(r"\\[,;: ]|~|\\q?quad(?![A-Za-z])|\s+", " ", text)
@@ -109,9 +130,12 @@ def normalise(text):
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
     text = re.sub(r"\\frac ?([0-9])(?= ?[0-9{])", r"\\frac{\1}", text)
     text = re.sub(r"(\\frac\{[^{}]*\}|\\sqrt) ?([0-9])", r"\1{\2}", text)
-    # Brackets around one number or one letter carry nothing: "(5)", "[B]", "B)".
-    if match := re.fullmatch(r"\(([^()\[\],;=]*)\)|[(\[]?([A-Za-z])[)\]]?", text):
-        text = match[1] or match[2] or ""
+    # x^{2} and x^2, \geq and \ge, \pm 3 and \pm3, \degree and ^\circ are the same.
+    text = re.sub(r"\\([gl]e)q(?![A-Za-z])", r"\\\1", text.replace("\\degree", "^\\circ"))
+    text = re.sub(r"([\^_])\{(\w|\\circ)\}", r"\1\2", re.sub(r"(\\[A-Za-z]+) (?=[0-9])", r"\1", text))
+    # Brackets around one number or one letter carry nothing: "(5)", "{5}", "[B]", "B)".
+    if match := re.fullmatch(r"\(([^()\[\],;=]*)\)|\{([^{}]*)\}|[(\[]?([A-Za-z])[)\]]?", text):
+        text = match[1] or match[2] or match[3] or ""
     if text.replace(" ", "").isalpha():
         return text.casefold()
     pieces = re.split(r"(\\[{}]|[()\[\],;=])", text)
@@ -129,12 +153,19 @@ def exact_equal(answer, truth):
     return normal != "" and normal == normalise(truth)
 
 
+WORKERS = {}  # process id -> its math-verify process; a fork must not share its parent's
+LOCK = threading.Lock()  # one question at a time goes through the pipe
+
+
 def math_verify_equal(answer, truth):
     r"""Whether two answers are equal to `exact`, or mathematically equal to the math-verify package.
 
-    It is more generous than `exact`: "x=5" is 5, "5 cm" is 5, 50% is both 0.5 and 50, the list 1,2 is the set {2,1}, and
-    decimals agree when rounded to six places. Its time limit is an alarm signal, which only the main thread may set;
-    in other threads there is none.
+    It is more generous than `exact`: "x=5" is 5, "5 cm" is 5 and even 5 mm, 50% is both 0.5 and 50, the list 1,2 is the set
+    {2,1}, 2A is 2a, and decimals agree when rounded to six places. What takes too long or too much memory is wrong.
+
+    Seven characters (9^{9^9}) can ask sympy for hours of arithmetic, inside C code that no Python signal handler interrupts,
+    and handlers run in the main thread only. A process, though, the kernel ends at its limit (`work`), whatever it is doing
+    and whoever waits for it: any thread, any rank. It serves until that happens, then the next question starts another.
 
     >>> math_verify_equal(r"2\sqrt{3}", r"\sqrt{12}")  # doctest: +SKIP
     True
@@ -143,19 +174,57 @@ def math_verify_equal(answer, truth):
         return True
     if normalise(truth).isalpha():  # a word or an option letter: read as a product of letters, "on" would equal "no"
         return False
-    from math_verify import LatexExtractionConfig, parse, verify
-    from math_verify.errors import TimeoutException
+    with LOCK:
+        worker = WORKERS.get(os.getpid())
+        if worker is None or worker.poll() is not None:
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            worker = subprocess.Popen([sys.executable, __file__], text=True, **pipes)
+            if worker.stdout.readline() != "ready\n":
+                raise ImportError("the process of grader math-verify does not start: python reward.py shows why")
+            WORKERS[os.getpid()] = worker
+        verdict = ""
+        try:
+            worker.stdin.write(json.dumps([to_latex(answer), to_latex(truth), TIME_LIMIT]) + "\n")
+            worker.stdin.flush()
+            verdict = worker.stdout.readline()
+        finally:
+            if not verdict:  # over a limit; or we were interrupted, and a late verdict must not answer the next question
+                worker.kill()
+                worker.wait()
+    return verdict == "True\n"
 
-    limit = TIME_LIMIT if threading.current_thread() is threading.main_thread() else None
+
+def work():
+    """The math-verify process: a JSON line [answer, truth, seconds] in, "True" or "False" out, until its input is closed.
+
+    The input closes when the process that asks is gone, however it went, so none is left behind.
+    """
+    import resource
+    import signal
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C reaches us too, but the run may want to finish its step
+        signal.signal(number, signal.SIG_IGN)
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    with contextlib.suppress(ValueError, OSError):  # not every system grants it
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     # LaTeX only: the package's plain-expression reader goes through sympy's parse_expr, which calls eval().
     latex = [LatexExtractionConfig(boxed_match_priority=0)]
-    try:
-        # Dollar signs inside the box would let it pick one formula out of several.
-        boxes = [r"\boxed{" + text.replace("$", " ") + "}" for text in (truth, answer)]
-        gold, guess = (parse(box, latex, parsing_timeout=limit) for box in boxes)
-        return bool(verify(gold, guess, timeout_seconds=limit))
-    except (Exception, TimeoutException):  # TimeoutException is a BaseException; a Ctrl-C must still get through
-        return False
+    replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no verdict
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        answer, truth, seconds = json.loads(line)
+        # SIGPROF without a handler: the kernel ends the process. Processor time, so that a busy machine changes no reward.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            # Dollar signs inside the box would let it pick one formula out of several.
+            boxes = [r"\boxed{" + text.replace("$", " ") + "}" for text in (truth, answer)]
+            gold, guess = (parse(box, latex, parsing_timeout=None) for box in boxes)
+            equal = bool(verify(gold, guess, timeout_seconds=None))
+        except Exception:
+            equal = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(equal, file=replies, flush=True)
 
 
 GRADERS = {"exact": exact_equal, "math-verify": math_verify_equal}
@@ -199,3 +268,7 @@ def grade(response, truth, grader="exact"):
     if max(len(answer), len(truth)) > MAX_LENGTH:
         return float(answer.strip() == truth)
     return float(GRADERS[grader](answer, truth))
+
+
+if __name__ == "__main__":
+    work()
