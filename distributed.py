@@ -87,12 +87,12 @@ def engine(policy, shard=False):
     """
     if not shard:
         # Unused weights: towers with layers that nothing reads (LLaVA), and the whole tower in a batch without images.
-        options = dict(forward_sync_buffers=False, find_unused_parameters=True)
-        return DistributedDataParallel(policy, **options) if world() > 1 else policy
+        return DistributedDataParallel(policy, forward_sync_buffers=False, find_unused_parameters=True) if world() > 1 else policy
     precision = MixedPrecisionPolicy(param_dtype=policy.compute_dtype, reduce_dtype=torch.float32)
     for module in [m for m in policy.modules() if type(m).__name__ in (policy.model._no_split_modules or [])]:
         fully_shard(module, mp_policy=precision)
     fully_shard(policy, mp_policy=precision)
+    policy.cache_in_updates = False  # a layer is gathered for its backward when a gradient reaches its output, not its cache
     policy._get_fsdp_state()._lazy_init()  # else the first unit that runs (in a rollout) would take itself for the root
     return policy
 
@@ -106,24 +106,18 @@ def meeting(engine, last):
     """A context for one forward and backward pass of an update, in which the ranks' gradients meet.
 
     DDP exchanges gradients only in the `last` backward of the update; FSDP2 in each, so that no rank ever holds all of them.
-    FSDP2 gathers a layer for its backward when a gradient reaches the layer's output; through a shared prompt's cache it
-    arrives at keys and values instead, so there the weights stay whole from forward to backward.
     """
-    if isinstance(engine, DistributedDataParallel) and not last:
-        return engine.no_sync()
-    return unsharded(engine, bare(engine).path() == "cache")
+    return engine.no_sync() if isinstance(engine, DistributedDataParallel) and not last else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def unsharded(policy, whole=True):
+def unsharded(policy):
     """Inside, FSDP2's weights are whole, so that ranks may generate and score different numbers of times without waiting."""
-    units = [module for module in policy.modules() if whole and isinstance(module, FSDPModule)]
+    units = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False)
-        unit.set_reshard_after_backward(False)
         unit.unshard()
     yield
     for unit in units:
         unit.set_reshard_after_forward(True)
-        unit.set_reshard_after_backward(True)
         unit.reshard()

@@ -71,13 +71,15 @@ def memory_per_gpu(
         tokens += runs * prompt
         if keep == "nothing":  # one layer at a time, the tower before the language model
             return max(tokens * (inner + outer), runs * (tower_inner + tower_outer))
+        packs = share and (shard or keep == "inputs")  # Policy.path: the group in one row, which sees all of it through a mask
+        row = tokens // prompts if packs else length
+        layer = layer_bytes(text.hidden_size, query, text.intermediate_size, row, bf16)
+        mask = tokens * 4 * row if packs else 0  # float32, made once
         if keep == "inputs":  # those of all layers, and one layer run again for its backward pass
-            row = tokens // prompts if share else length  # a packed row holds the group; its mask is float32
-            again = layer_bytes(text.hidden_size, query, text.intermediate_size, row, bf16) + 4 * row * share
-            return tokens * (layers * outer + again) + runs * (depth * tower_outer + tower_inner)
-        # Each response has a copy of the shared prompt's keys and values, repeated for all query heads.
-        copies = layers * responses * prompt * 2 * query * b if share else 0
-        return tokens * layers * inner + runs * depth * tower_inner + copies
+            return tokens * (layers * outer + layer) + mask + runs * (depth * tower_outer + tower_inner)
+        # On a cache each response has a copy of the prompt's keys and values, repeated for all query heads.
+        copies = layers * responses * prompt * 2 * query * b if share and not packs else 0
+        return tokens * layers * layer + mask + runs * depth * tower_inner + copies
 
     # As Rollout.micro_batches cuts: whole groups or, where not even one fits, some responses of one.
     groups = tokens_per_batch // (prompt + group_size * response_tokens)
@@ -92,10 +94,10 @@ def memory_per_gpu(
     own = total / gpus if shard else total
     fixed = {"parameters": 4 * own, "adam": 8 * own}
     fixed["ddp buckets"] = 4 * total if gpus > 1 and not shard else 0  # a second copy of the gradients, to exchange them
-    # Weights in the compute type beside the float32 ones: autocast copies all; FSDP gathers all to generate, to score and to
-    # update on a repeated cache (distributed.meeting), else the root, a layer and the next.
+    # Weights in the compute type beside the float32 ones: autocast copies all; FSDP gathers all to generate and to score, in an
+    # update the root, a layer and the next.
     whole = b * total if shard or bf16 else 0
-    gathered = whole if keep == "all" and share_prompt or not shard else b * (root + 2 * unit)
+    gathered = b * (root + 2 * unit) if shard else whole
     row = 4 * text.vocab_size  # a token's logits, float32
     chunk = min(tokens, max(1, 2**24 // text.vocab_size))  # dependency.score_tokens
     phases = {

@@ -235,6 +235,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.processor, self.static_cache = model, processor, static_cache
         self.temperature, self.share_prompt, self.compute_dtype = temperature, share_prompt, getattr(torch, dtype)
+        self.cache_in_updates = True
         self.forbidden = placeholder_ids(model, processor)
         tokenizer = processor.tokenizer
         self.shipped_generation_config = model.generation_config
@@ -260,11 +261,11 @@ class Policy(nn.Module):
 
     def path(self):
         """How prompts are run now: "cache" (once, the cache repeated for the group), "packed" (once, the group's responses after
-        it in one sequence) or "plain" (once for each response). Activation checkpointing, in training mode, drops the cache.
+        it in one sequence) or "plain" (once for each response). Activation checkpointing and FSDP2 cannot train through a cache.
         """
         if not self.share_prompt:
             return "plain"
-        if not (self.training and self.model.is_activation_checkpointing):
+        if not self.training or (self.cache_in_updates and not self.model.is_activation_checkpointing):
             return "cache"
         return "packed" if self.can_pack else "plain"
 
