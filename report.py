@@ -86,7 +86,8 @@ h1 { margin: 0; font-size: 1.7rem } h2 { font-size: 1.1rem; margin: 0 0 .5rem }
 section { border-top: 2px solid #111; padding: .8rem 0; margin-top: 1.2rem; content-visibility: auto; contain-intrinsic-size: auto 40rem }
 figure { margin: 0 1rem .5rem 0; display: inline-block; vertical-align: top } figcaption { color: #444; font-size: .85rem }
 img { display: block; border: 1px solid #999; max-width: 100% }
-.problem { white-space: pre-wrap; max-height: 12rem; overflow: auto; margin: .3rem 0 .7rem; overflow-wrap: anywhere }
+.problem { white-space: pre-wrap; max-height: 12rem; overflow: auto; margin-top: .3rem; overflow-wrap: anywhere }
+p { margin: .6rem 0 }
 .response { display: grid; grid-template-columns: 10.5rem 1fr; gap: 1rem; border-top: 1px solid #ccc; padding: .4rem 0 }
 .facts { font-size: .85rem; line-height: 1.4; color: #333 } .facts b { font-size: 1rem; color: #111 }
 .tokens { white-space: pre-wrap; line-height: 2; max-height: 24rem; overflow: auto; overflow-wrap: anywhere; padding: 0 4px }
@@ -95,6 +96,7 @@ img { display: block; border: 1px solid #999; max-width: 100% }
 .kept { box-shadow: 0 0 0 1px #222 } .s3.kept { box-shadow: 0 0 0 1px #fff, 0 0 0 2px #222 }
 .newline::before { content: "\21b5" }
 .legend .t { padding: 2px 8px; margin-right: .4rem; white-space: nowrap } svg { margin-right: 2rem; font: 12px system-ui, sans-serif }
+@media print { .problem, .tokens { max-height: none } }
 """
 
 
@@ -135,7 +137,7 @@ def section(policy, record, found, q):
     responses = "".join(response(policy, record["rewards"][g], found, q * G + g) for g in range(G))
     return (
         f"<section><h2>{escape(record['name'])}</h2>{figures}"
-        f'<div class="problem">{escape(record["problem"])}\n<b>true answer: {escape(record["answer"])}</b></div>{responses}</section>\n'
+        f'<div class="problem">{escape(record["problem"])}</div><p><b>true answer: {escape(record["answer"])}</b></p>{responses}</section>\n'
     )
 
 
@@ -206,8 +208,11 @@ def curves(metrics_file, out):
         ("dependency_mean", "mean S of a response", "nats", "dependency_std", "+- 1 standard deviation"),
     ]
     panels = [panel for panel in panels if any(line.get(panel[0]) is not None for line in lines)]
-    figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
-    for axes, (key, title, unit, spread, meaning) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
+    for number, (key, title, unit, spread, meaning) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, columns, number)
         steps = [line["step"] for line in lines if line.get(key) is not None]
         values = np.array([line[key] for line in lines if line.get(key) is not None])
         axes.plot(steps, values, "k.-", linewidth=1, markersize=4, label=key)
@@ -216,6 +221,6 @@ def curves(metrics_file, out):
             axes.fill_between(steps, values - half, values + half, color="0.8", label=meaning)
         if key in ("reward", "val_avg", "gradient_tokens"):
             axes.set_ylim(0, 1.02)
-        axes.set(title=title, xlabel="step", ylabel=unit)
+        axes.set(title=title, xlabel="step", ylabel=unit, xlim=(0, lines[-1]["step"] + 1))
         axes.legend(fontsize="small")
     figure.savefig(out, dpi=100)

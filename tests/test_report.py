@@ -191,11 +191,10 @@ def test_curves(tmp_path):
     pytest.importorskip("matplotlib")
     step = {"reward": 0.5, "entropy": 1.0, "gradient_tokens": 0.41, "dependency_mean": 0.1, "dependency_std": None}
     lines = [{"step": 1, **step}, {"step": 2, "reward": 0.6}, {"step": 3, **step, "val_avg": 0.4, "val_avg_ci": 0.1}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    widths = []
-    for count in (3, 2):  # the first two steps know no validation: one panel less
-        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:count]))
+    sizes = []
+    for some in (lines, lines[:2], lines[1:2]):  # five panels; without validation four; one
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in some))
         report.curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
         with Image.open(tmp_path / "curves.png") as image:
-            widths.append(image.width)
-    assert widths == [2000, 1600]
+            sizes.append(image.size)
+    assert sizes == [(1200, 600), (1200, 600), (400, 300)]
