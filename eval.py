@@ -82,8 +82,8 @@ def evaluate(policy, dataset, cfg, prompts, samples, seed=0, progress="evaluatio
     """Answer the first `prompts` examples `samples` times each. Returns (scores, records), the same on every rank.
 
     cfg: a Config or EvalConfig. scores: {"avg", "avg_ci", "pass", "pass_ci", "majority", "majority_ci"}; records: one dict a
-    prompt, in order, the first `with_ids` with "response_ids". The prompts are dealt out over the ranks; sampling is keyed by
-    (seed, rank) and leaves the global generator as it was.
+    prompt, in order, the first `with_ids` with "response_ids". The prompts are dealt out over the ranks; sampling is keyed
+    by (seed, rank) and leaves the global generator as it was.
     """
     numbers = range(distributed.rank(), min(prompts or len(dataset), len(dataset)), distributed.world())
     records = []
@@ -147,6 +147,8 @@ def main(argv=None):
     results = {}
     for name, dataset in sets.items():
         one = replace(cfg, data=name, split=benchmarks.BENCHMARKS[name].split)
+        if cfg.report:  # a page each
+            one.report = str(Path(cfg.report).with_stem(f"{Path(cfg.report).stem}-{name}"))
         results[name] = measure(policy, dataset, one, output / name)
         if distributed.rank() == 0:
             table = benchmarks.write(results, output)  # after each, for they take hours

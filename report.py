@@ -52,8 +52,8 @@ def measure(policy, dataset, records, seed=0, system_prompt=""):
     rewards = torch.tensor([value for record in records for value in record["rewards"]])
     G = rollout.group_size
     return {
-        "examples": examples, "masked": masked, "rollout": rollout, "dependency": S, "token_mask": loss.token_filter(S, mask),
-        "mean": mean, "alpha": loss.shaping_factors(mean),
+        "examples": examples, "masked": masked, "rollout": rollout, "dependency": S,
+        "token_mask": loss.token_filter(S, mask), "mean": mean, "alpha": loss.shaping_factors(mean),
         "advantages": loss.group_advantages(rewards, G) if G > 1 else torch.zeros_like(rewards),
     }  # fmt: skip
 
@@ -80,10 +80,11 @@ def pieces(tokenizer, ids):
 # Shades are one hue from light to dark, so that grey print keeps their order. Long responses scroll; sections out of sight
 # are not laid out.
 STYLE = r"""
-body { font: 16px/1.6 system-ui, sans-serif; color: #111; background: #fff; max-width: 70rem; margin: 1.5rem auto; padding: 0 1rem;
-       print-color-adjust: exact; -webkit-print-color-adjust: exact }
+body { font: 16px/1.6 system-ui, sans-serif; color: #111; background: #fff; max-width: 70rem; margin: 1.5rem auto;
+       padding: 0 1rem; print-color-adjust: exact; -webkit-print-color-adjust: exact }
 h1 { margin: 0; font-size: 1.7rem } h2 { font-size: 1.1rem; margin: 0 0 .5rem }
-section { border-top: 2px solid #111; padding: .8rem 0; margin-top: 1.2rem; content-visibility: auto; contain-intrinsic-size: auto 40rem }
+section { border-top: 2px solid #111; padding: .8rem 0; margin-top: 1.2rem;
+          content-visibility: auto; contain-intrinsic-size: auto 40rem }
 figure { margin: 0 1rem .5rem 0; display: inline-block; vertical-align: top } figcaption { color: #444; font-size: .85rem }
 img { display: block; border: 1px solid #999; max-width: 100% }
 .problem { white-space: pre-wrap; max-height: 12rem; overflow: auto; margin-top: .3rem; overflow-wrap: anywhere }
@@ -95,13 +96,14 @@ p { margin: .6rem 0 }
 .s1 { background: #cfe1f2 } .s2 { background: #7db8da } .s3 { background: #135ba0; color: #fff }
 .kept { box-shadow: 0 0 0 1px #222 } .s3.kept { box-shadow: 0 0 0 1px #fff, 0 0 0 2px #222 }
 .newline::before { content: "\21b5" }
-.legend .t { padding: 2px 8px; margin-right: .4rem; white-space: nowrap } svg { margin-right: 2rem; font: 12px system-ui, sans-serif }
+.legend .t { padding: 2px 8px; margin-right: .4rem; white-space: nowrap }
+svg { margin-right: 2rem; font: 12px system-ui, sans-serif }
 @media print { .problem, .tokens { max-height: none } }
 """
 
 
 def page(policy, dataset, records, cfg, heading):
-    """The HTML page of some evaluated prompts as a string; records as for `measure`, cfg an EvalConfig, heading a line of text."""
+    """The HTML page of some evaluated prompts. records: as for `measure`; cfg: an EvalConfig; heading: a line of text."""
     found = measure(policy, dataset, records, cfg.seed, cfg.system_prompt)
     mask = found["rollout"].response_mask
     return f"""<!DOCTYPE html>
@@ -109,11 +111,12 @@ def page(policy, dataset, records, cfg, heading):
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <style>{STYLE}</style></head><body>
 <h1>Which tokens looked at the image?</h1>
-<p>The darker a token, the more the model's prediction of it changes when a random half of the image is blacked out: it <b>looked</b>.
-The boxed ones, the top 40 % of each response, are those VPPO would train on.</p>
+<p>The darker a token, the more the model's prediction of it changes when a random half of the image is blacked out:
+it <b>looked</b>. The boxed ones, the top 40 % of each response, are those VPPO would train on.</p>
 <p class="legend">{legend()}</p>
-<p class="facts">{escape(heading)}. Each response: reward (1 right, 0 wrong), advantage A within its group, shaping factor alpha over
-all responses of this page, mean S. S is the exact KL divergence of Eq. 3, in nats; point at a token for its number.</p>
+<p class="facts">{escape(heading)}. Each response: reward (1 right, 0 wrong), advantage A within its group, shaping factor
+alpha over all responses of this page, mean S. S is the exact KL divergence of Eq. 3, in nats; point at a token for
+its number.</p>
 {"".join(section(policy, record, found, q) for q, record in enumerate(records))}
 <section><h2>How S is spread</h2>
 {histogram(found["dependency"][mask].tolist(), "S of a token, nats", "tokens (logarithmic)", log=True)}
@@ -124,7 +127,8 @@ all responses of this page, mean S. S is the exact KL divergence of Eq. 3, in na
 
 def legend():
     """One sample of each shade, and of the box."""
-    bounds = [f"S below {LEVELS[0]:g}", *(f"{a:g} to {b:g}" for a, b in zip(LEVELS, LEVELS[1:])), f"above {LEVELS[-1]:g} nat"]
+    between = [f"{low:g} to {high:g}" for low, high in zip(LEVELS, LEVELS[1:])]
+    bounds = [f"S below {LEVELS[0]:g}", *between, f"above {LEVELS[-1]:g} nat"]
     shades = "".join(f'<span class="t s{level}">{bound}</span>' for level, bound in enumerate(bounds))
     return f'{shades} <span class="t kept">boxed: kept by TGF</span>'
 
@@ -133,11 +137,14 @@ def section(policy, record, found, q):
     """One example: images, problem, answer, and its responses."""
     example, G = found["examples"][q], found["rollout"].group_size
     pictures = [(image, "image") for image in example.images] + [(image, "masked image") for image in found["masked"][q]]
-    figures = "".join(f'<figure><img alt="{name}" src="{data_uri(image)}"><figcaption>{name}</figcaption></figure>' for image, name in pictures)
+    figures = "".join(
+        f'<figure><img alt="{name}" src="{data_uri(image)}"><figcaption>{name}</figcaption></figure>' for image, name in pictures
+    )
     responses = "".join(response(policy, record["rewards"][g], found, q * G + g) for g in range(G))
     return (
         f"<section><h2>{escape(record['name'])}</h2>{figures}"
-        f'<div class="problem">{escape(record["problem"])}</div><p><b>true answer: {escape(record["answer"])}</b></p>{responses}</section>\n'
+        f'<div class="problem">{escape(record["problem"])}</div>'
+        f"<p><b>true answer: {escape(record['answer'])}</b></p>{responses}</section>\n"
     )
 
 
@@ -157,7 +164,7 @@ def response(policy, reward, found, row):
 
 
 def data_uri(image):
-    """A PIL image as text: shrunk to SIDE pixels, or enlarged by a whole factor, which keeps the pixels of small ones visible."""
+    """A PIL image as text: shrunk to SIDE pixels, or enlarged by a whole factor, so that one sees the pixels of a small one."""
     shown = image.convert("RGB")
     shown.thumbnail((SIDE, SIDE))
     factor = max(1, SIDE // max(shown.size))
@@ -167,19 +174,27 @@ def data_uri(image):
 
 
 def histogram(values, across, up, log=False, bins=40, width=460, height=220):
-    """A histogram, from 0, as SVG; across, up: what the axes show. log: counts on a logarithmic axis, from 0.5 so that 1 can be seen."""
+    """A histogram, from 0, as SVG. across, up: what the axes show; log: a logarithmic axis of counts, from 0.5 so that 1 shows."""
     counts, edges = np.histogram(values, bins, (0, max(values) or 1))
     left, bottom, top = 50, height - 40, 10
     scale = (lambda n: math.log(max(n, 0.5) / 0.5)) if log else float
-    y = lambda n: bottom - (bottom - top) * scale(n) / scale(counts.max())  # noqa: E731
+    most = counts.max()
+    y = lambda n: bottom - (bottom - top) * scale(n) / scale(most)  # noqa: E731
     x = lambda value: left + (width - left - 20) * (value - edges[0]) / (edges[-1] - edges[0])  # noqa: E731
     step = (width - left - 20) / bins
-    bars = "".join(f'<rect x="{x(e):.1f}" y="{y(n):.1f}" width="{step - 1:.1f}" height="{bottom - y(n):.1f}"/>' for n, e in zip(counts, edges))
-    ticks = [10**i for i in range(int(math.log10(counts.max())) + 1)] if log else sorted({0, counts.max() // 2, counts.max()})
-    marks = "".join(
-        f'<text x="{left - 8}" y="{y(n) + 4:.1f}" text-anchor="end">{n:,}</text><path d="M{left - 4} {y(n):.1f}h4" stroke="#111"/>' for n in ticks
+    bars = "".join(
+        f'<rect x="{x(edge):.1f}" y="{y(n):.1f}" width="{step - 1:.1f}" height="{bottom - y(n):.1f}"/>'
+        for n, edge in zip(counts, edges)
     )
-    marks += "".join(f'<text x="{x(v):.1f}" y="{bottom + 16}" text-anchor="middle">{v:.2g}</text>' for v in edges[:: bins // 4])
+    ticks = [10**i for i in range(int(math.log10(most)) + 1)] if log else sorted({0, most // 2, most})
+    marks = "".join(
+        f'<text x="{left - 8}" y="{y(n) + 4:.1f}" text-anchor="end">{n:,}</text>'
+        f'<path d="M{left - 4} {y(n):.1f}h4" stroke="#111"/>'
+        for n in ticks
+    )
+    marks += "".join(
+        f'<text x="{x(edge):.1f}" y="{bottom + 16}" text-anchor="middle">{edge:.2g}</text>' for edge in edges[:: bins // 4]
+    )
     return (
         f'<svg width="{width}" height="{height}" role="img" aria-label="{across}"><g fill="#1f6fb2">{bars}</g>{marks}'
         f'<path d="M{left} {top}V{bottom}H{width - 20}" stroke="#111" fill="none"/>'

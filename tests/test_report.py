@@ -90,7 +90,8 @@ def record(policy, number, texts, rewards):
     """What evaluate would keep of a prompt whose responses are these texts."""
     end = policy.processor.tokenizer.eos_token
     ids = [policy.processor.tokenizer(text + end)["input_ids"] for text in texts]
-    return {"number": number, "name": EVIL, "problem": EVIL, "answer": EVIL, "rewards": rewards, "responses": texts, "response_ids": ids}
+    words = {"number": number, "name": EVIL, "problem": EVIL, "answer": EVIL}
+    return words | {"rewards": rewards, "responses": texts, "response_ids": ids}
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +120,9 @@ def test_the_page_needs_nothing_else(made):
     tags = Page(text).tags
     assert not {"script", "link", "iframe", "object", "base", "form"} & {tag for tag, _ in tags}
     assert not any(name.startswith("on") for _, attributes in tags for name in attributes)
-    sources = [value for _, attributes in tags for name, value in attributes.items() if name in ("src", "href", "srcset", "data")]
-    assert len(sources) == 4 and all(source.startswith("data:image/jpeg;base64,") for source in sources)  # true and masked, twice
+    sources = [attributes[name] for _, attributes in tags for name in ("src", "href", "srcset", "data") if name in attributes]
+    assert len(sources) == 4  # true and masked, twice
+    assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
 
 
 def test_shades_and_boxes_are_the_methods_own(policy, made):
@@ -144,7 +146,8 @@ def test_shades_and_boxes_are_the_methods_own(policy, made):
     alpha = loss.shaping_factors(torch.stack(means))  # over all responses of the page
     for i, (reward, advantage, factor, mean) in enumerate(facts):
         assert float(reward) == i % 2 and float(advantage) == pytest.approx(0.7071 * (2 * (i % 2) - 1), abs=0.006)
-        assert float(factor) == pytest.approx(alpha[i].item(), abs=0.006) and float(mean) == pytest.approx(means[i].item(), rel=0.02)
+        assert float(factor) == pytest.approx(alpha[i].item(), abs=0.006)
+        assert float(mean) == pytest.approx(means[i].item(), rel=0.02)
     assert len(facts) == 4
 
 
@@ -175,8 +178,8 @@ def test_pieces_join_to_the_text(text):
 def test_eval_writes_page_and_records(policy, tmp_path, capsys):
     model.save(policy, tmp_path / "model")
     file = tmp_path / "new" / "report.html"
-    flags = f"--model {tmp_path / 'model'} --prompts 3 --samples 2 --max_new_tokens 6 --output {tmp_path / 'out'} --report {file}"
-    evaluation.main(flags.split())
+    flags = "--prompts 3 --samples 2 --max_new_tokens 6".split()
+    evaluation.main(["--model", f"{tmp_path / 'model'}", *flags, "--output", f"{tmp_path / 'out'}", "--report", str(file)])
     page = Page(file.read_text(encoding="utf-8"))
     records = [json.loads(line) for line in Path(tmp_path / "out" / "responses.jsonl").read_text().splitlines()]
     assert [len(row) for row in page.tokens] == [len(ids) for kept in records for ids in kept["response_ids"]]
