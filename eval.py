@@ -1,11 +1,13 @@
-"""avg@k and pass@k of any model on any data, with 95 % intervals; every response is kept.
+"""avg@k, pass@k and majority@k of any model on any data, with 95 % intervals; every response is kept.
 
     python eval.py --model runs/vppo-digits-0/checkpoints/step-000100 --data digits --samples 8
     torchrun --nproc_per_node=8 eval.py --model Qwen/Qwen2.5-VL-7B-Instruct --data FOLDER --max_new_tokens 2048
     python eval.py --model M --benchmark all --grader math-verify --prompts 0 --max_new_tokens 2048     see benchmarks.py
+    python eval.py --model tiny --data digits --prompts 16 --report report.html     which tokens looked at the image?
 
 avg@k: each prompt is answered k times (temperature 1, top-p 1, as in the paper, Section 4); the mean of all rewards.
 pass@k: the share of prompts with at least one right answer among the k.
+majority@k: the share of prompts where the answer most of the k responses give is right.
 The intervals are clustered by prompt: the k answers to one prompt are no independent evidence, so the prompt is the unit.
 """
 
@@ -17,6 +19,7 @@ import torch
 
 import benchmarks
 import distributed
+import report
 import reward
 import tiny
 from data import INSTRUCTION, load_data
@@ -33,7 +36,7 @@ class EvalConfig:
     data: str = option("digits", "'digits', a folder with metadata.jsonl and images, or a hub id")
     benchmark: str = option("", "the paper's, by name, or 'all': see benchmarks.py; --data is then a local copy")
     split: str = option("test", "train, val or test")
-    samples: int = option(8, "responses per prompt: the k of avg@k and pass@k")
+    samples: int = option(8, "responses per prompt: the k of avg@k, pass@k and majority@k")
     prompts: int = option(512, "how many prompts, from the first; 0 takes all")
     max_new_tokens: int = option(48, "length limit of a response")
     temperature: float = option(1.0, "sampling temperature")
@@ -45,6 +48,7 @@ class EvalConfig:
     responses_at_once: int = option(1024, "responses in one call of generate: memory")
     seed: int = option(0, "of sampling")
     output: str = option("", "folder for responses.jsonl and eval.json; default MODEL/eval-DATA-SPLIT or runs/eval-...")
+    report: str = option("", "also write this HTML page: what each token of the first few examples owes to the image")
 
 
 def interval(per_prompt):
@@ -56,11 +60,30 @@ def interval(per_prompt):
     return per_prompt.mean().item(), (1.96 * per_prompt.std().item() / n**0.5 if n > 1 else None)
 
 
-def evaluate(policy, dataset, cfg, prompts, samples, seed=0, progress="evaluation"):
+def majority(texts, rewards):
+    """The reward of the answer that most of the k responses to one prompt give: 1, 0 or, where answers tie, their mean.
+
+    texts: k responses; rewards: their k rewards. Answers are one if `reward.normalise` writes them alike ("0.5", "1/2"); a
+    response without a boxed answer has no vote, and without any vote the result is 0.
+
+    Example: answers 1/2, 0.5, 7, 7, none; 7 is right: two votes each, so 1/2.
+    """
+    votes = {}  # answer -> the rewards of those who gave it
+    for text, value in zip(texts, rewards):
+        answer = (reward.extract_answer(text) or "").strip()
+        if answer := reward.normalise(answer) if len(answer) <= reward.MAX_LENGTH else answer:
+            votes.setdefault(answer, []).append(value)
+    most = max(map(len, votes.values()), default=0)
+    winners = [value for values in votes.values() if len(values) == most for value in values]
+    return sum(winners) / max(1, len(winners))
+
+
+def evaluate(policy, dataset, cfg, prompts, samples, seed=0, progress="evaluation", with_ids=0):
     """Answer the first `prompts` examples `samples` times each. Returns (scores, records), the same on every rank.
 
-    cfg: a Config or EvalConfig. scores: {"avg", "avg_ci", "pass", "pass_ci"}; records: one dict a prompt, in order. The
-    prompts are dealt out over the ranks; sampling is keyed by (seed, rank) and leaves the global generator as it was.
+    cfg: a Config or EvalConfig. scores: {"avg", "avg_ci", "pass", "pass_ci", "majority", "majority_ci"}; records: one dict a
+    prompt, in order, the first `with_ids` with "response_ids". The prompts are dealt out over the ranks; sampling is keyed
+    by (seed, rank) and leaves the global generator as it was.
     """
     numbers = range(distributed.rank(), min(prompts or len(dataset), len(dataset)), distributed.world())
     records = []
@@ -79,17 +102,23 @@ def evaluate(policy, dataset, cfg, prompts, samples, seed=0, progress="evaluatio
                 rewards = [reward.grade(text, example.answer, cfg.grader) for text in texts]
                 records.append({"number": number, "name": example.name, "problem": example.problem, "answer": example.answer,
                                 "kind": example.kind, "rewards": rewards, "responses": texts})  # fmt: skip
+                if number < with_ids:
+                    rows = range(q * samples, (q + 1) * samples)
+                    records[-1]["response_ids"] = [rollout.response_ids[i][rollout.response_mask[i]].tolist() for i in rows]
     records = sorted(distributed.gather(records), key=lambda record: record["number"])
     rewards = torch.tensor([record["rewards"] for record in records])  # (prompts, samples)
     average, average_ci = interval(rewards.mean(dim=1))
     passed, passed_ci = interval(rewards.amax(dim=1))
-    return {"avg": average, "avg_ci": average_ci, "pass": passed, "pass_ci": passed_ci}, records
+    voted, voted_ci = interval(torch.tensor([majority(record["responses"], record["rewards"]) for record in records]))
+    scores = {"avg": average, "avg_ci": average_ci, "pass": passed, "pass_ci": passed_ci}
+    return scores | {"majority": voted, "majority_ci": voted_ci}, records
 
 
 def describe(scores, samples):
     """The scores as one line of text."""
-    width = {key: "?" if scores[key] is None else f"{scores[key]:.3f}" for key in ("avg_ci", "pass_ci")}
-    return f"avg@{samples} {scores['avg']:.3f} +- {width['avg_ci']}   pass@{samples} {scores['pass']:.3f} +- {width['pass_ci']}"
+    names = ("avg", "pass", "majority")
+    width = {name: "?" if scores[f"{name}_ci"] is None else f"{scores[f'{name}_ci']:.3f}" for name in names}
+    return "   ".join(f"{name}@{samples} {scores[name]:.3f} +- {width[name]}" for name in names)
 
 
 def main(argv=None):
@@ -118,6 +147,8 @@ def main(argv=None):
     results = {}
     for name, dataset in sets.items():
         one = replace(cfg, data=name, split=benchmarks.BENCHMARKS[name].split)
+        if cfg.report:  # a page each
+            one.report = str(Path(cfg.report).with_stem(f"{Path(cfg.report).stem}-{name}"))
         results[name] = measure(policy, dataset, one, output / name)
         if distributed.rank() == 0:
             table = benchmarks.write(results, output)  # after each, for they take hours
@@ -128,7 +159,9 @@ def main(argv=None):
 def measure(policy, dataset, cfg, output):
     """Evaluate on one data set and write responses.jsonl and eval.json. Returns eval.json's content; None but on rank 0."""
     output.mkdir(parents=True, exist_ok=True)
-    scores, records = evaluate(policy, dataset, cfg, cfg.prompts, cfg.samples, cfg.seed)
+    Path(cfg.report).parent.mkdir(parents=True, exist_ok=True)
+    with_ids = report.EXAMPLES if cfg.report else 0
+    scores, records = evaluate(policy, dataset, cfg, cfg.prompts, cfg.samples, cfg.seed, with_ids=with_ids)
     if distributed.rank():
         return
     with open(output / "responses.jsonl", "w") as file:
@@ -137,6 +170,11 @@ def measure(policy, dataset, cfg, output):
     result = {"model": cfg.model, "data": cfg.data, "split": cfg.split, "prompts": len(records), "samples": cfg.samples, **scores}
     (output / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"{describe(scores, cfg.samples)}   ({len(records)} prompts of {cfg.data}, {cfg.split}; responses in {output})")
+    if cfg.report:
+        heading = f"{cfg.model} on {cfg.data}, {cfg.split}: {describe(scores, cfg.samples)} ({len(records)} prompts)"
+        page = report.page(policy, dataset, records[: report.EXAMPLES], cfg, heading)
+        Path(cfg.report).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")  # a lone surrogate is no UTF-8
+        print(f"which tokens looked at the image: {cfg.report}")
     return result
 
 

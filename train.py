@@ -8,7 +8,7 @@
     python train.py --help                          every flag, with its meaning
 
 A run writes config.json, metrics.jsonl (one object a step), samples.jsonl, checkpoints/ in Hugging Face format and, at the end,
-summary.json with held-out accuracy before and after.
+summary.json with held-out accuracy before and after, and curves.png if matplotlib is installed.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ from data import example_at, load_data
 from dryrun import dry_run
 from eval import describe, evaluate
 from model import Policy, load
+from report import curves
 from vppo import Config, check, command_line, encode_checked, train_step
 
 PATIENCE = 10  # updates in a row without a finite gradient before a run gives up
@@ -351,6 +352,8 @@ def main(argv=None):
             print(f"\nheld out, {min(cfg.test_prompts, len(test_data))} prompts x {k} responses, 95 % intervals\n"
                   f"  before  {describe(progress['before'], k)}\n  after   {describe(after, k)}")  # fmt: skip
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if cfg.steps:
+            curves(folder / "metrics.jsonl", folder / "curves.png")  # does nothing without matplotlib
         print(f"{summary['seconds']:.0f} s of training and evaluation, {seconds_warmup:.0f} s of warm-up; everything is in {folder}")
     return summary
 

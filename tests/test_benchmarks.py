@@ -312,7 +312,8 @@ def test_the_command(datasets, tmp_path, start, monkeypatch, capsys):
     truths = {"6 \\sqrt { 3 }": 1.0, "2": 0.0, "B": 1.0, "A": 1.0}
     monkeypatch.setattr(evaluation.reward, "grade", lambda text, truth, grader: truths[truth])
     flags = f"--model {start} --benchmark mmmu_pro,geo3k,wemath --data {tmp_path / 'sets'} --output {tmp_path / 'out'}"
-    evaluation.main([*flags.split(), "--samples", "2", "--max_new_tokens", "3", "--prompts", "0"])
+    report = ["--report", str(tmp_path / "page.html")]
+    evaluation.main([*flags.split(), "--samples", "2", "--max_new_tokens", "3", "--prompts", "0", *report])
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     averages = {name: scores["avg"] for name, scores in content["benchmarks"].items()}
     assert averages == {"geo3k": 0.5, "wemath": 1.0, "mmmu_pro": 1.0}
@@ -322,6 +323,7 @@ def test_the_command(datasets, tmp_path, start, monkeypatch, capsys):
         records = [json.loads(line) for line in (tmp_path / "out" / name / "responses.jsonl").read_text().splitlines()]
         assert [record["name"] for record in records] == [f"{name}[0]", f"{name}[1]"]
         assert json.loads((tmp_path / "out" / name / "eval.json").read_text()) == content["benchmarks"][name]
+        assert f"{name}[1]" in (tmp_path / f"page-{name}.html").read_text()
 
 
 def test_more_rows_than_are_held_in_memory_at_once(start):

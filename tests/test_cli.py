@@ -192,7 +192,8 @@ def test_a_folder_without_a_test_split(start, workplace, some_right, capsys):
 def test_switched_off_evaluation_and_checkpoints(start, workplace, some_right):
     off = "--steps 1 --eval_every 0 --save_every 0 --test_prompts 0".split()
     folder, summary = run(start, "--output", "out", *off)
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "metrics.jsonl", "samples.jsonl", "summary.json"]
+    left = {path.name for path in folder.iterdir()} - {"curves.png"}  # where matplotlib is installed
+    assert left == {"config.json", "metrics.jsonl", "samples.jsonl", "summary.json"}
     assert not any("_at_" in key for key in summary)
 
 
@@ -222,7 +223,8 @@ def test_interval_is_clustered_by_prompt(start, monkeypatch):
     state = torch.get_rng_state()
     scores, records = evaluation.evaluate(policy, task, vppo.Config(max_new_tokens=2), 0, samples=6)
     assert torch.equal(torch.get_rng_state(), state)
-    assert scores == {"avg": 0.5, "avg_ci": pytest.approx(0.98), "pass": 0.5, "pass_ci": pytest.approx(0.98)}
+    half = {"avg": 0.5, "avg_ci": pytest.approx(0.98), "pass": 0.5, "pass_ci": pytest.approx(0.98)}
+    assert scores == half | {"majority": 0.0, "majority_ci": 0.0}  # two tokens make no box: nobody votes
     assert [record["rewards"] for record in records] == [[1.0] * 6, [0.0] * 6]
 
 
