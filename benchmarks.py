@@ -21,7 +21,7 @@ from pathlib import Path
 from PIL import Image
 
 import reward
-from data import INSTRUCTION, Example, join_prompt, open_image
+from data import INSTRUCTION, Example, join_prompt, open_image, resize
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 READ = "The question is in the image. Read it there and answer it."  # for rows whose question is pixels, not text
@@ -159,8 +159,8 @@ def named(text):
 class Rows:
     """A benchmark's rows as Examples. One that cannot be used is a ValueError naming benchmark and row."""
 
-    def __init__(self, name, rows, instruction=INSTRUCTION):
-        self.name, self.rows, self.instruction = name, rows, instruction
+    def __init__(self, name, rows, instruction=INSTRUCTION, pixels=(0, 0)):
+        self.name, self.rows, self.instruction, self.pixels = name, rows, instruction, pixels
 
     def __len__(self):
         return len(self.rows)
@@ -180,13 +180,14 @@ class Rows:
         for key, value in (("question", problem), ("answer", answer)):
             if not str("" if value is None else value).strip():
                 raise ValueError(f"{where}: no {key}")
-        images = [open_image(image, where) for image in images]
+        images = [resize(open_image(image, where), *self.pixels) for image in images]
         return Example(images, join_prompt(str(problem), self.instruction), str(answer), where)
 
 
-def load(name, folder="", instruction=INSTRUCTION):
+def load(name, folder="", instruction=INSTRUCTION, pixels=(0, 0)):
     """One benchmark, from the hub or from a local copy: a folder with a clone of the hub's repository, or with parquet files
-    or an ImageFolder that have the same columns; or one that has such folders under the benchmarks' names.
+    or an ImageFolder that have the same columns; or one that has such folders under the benchmarks' names. pixels: the range of an
+    image's area (data.resize).
     """
     try:
         import datasets
@@ -212,7 +213,7 @@ def load(name, folder="", instruction=INSTRUCTION):
         rows = rows.select([i for i, found in enumerate(rows[column]) if found == value])
     if not len(rows):
         raise ValueError(f"benchmark {name}: no rows in '{path}'")
-    return Rows(name, rows, instruction)
+    return Rows(name, rows, instruction, pixels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

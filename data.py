@@ -1,10 +1,21 @@
-"""Examples: an image (or several), a problem, the true answer; and the data sets they come from.
+"""Examples: images, a problem, the true answer; and the data sets they come from.
 
-`digits` is the laptop task (digits.py). Anything else is a folder in Hugging Face's ImageFolder layout, or a hub id read through
-the `datasets` package.
+    digits                      the laptop task (digits.py)
+    FOLDER, FILE.jsonl          Hugging Face's ImageFolder: metadata.jsonl with file_name (or file_names), problem, answer
+    FOLDER, FILE.parquet, ...   parquet, arrow, or what `save_to_disk` wrote, read by the `datasets` package
+    OWNER/NAME                  a data set of the hub, read by `datasets`
+
+A row is made into an Example when it is needed; until then its images stay files, or bytes in a memory-mapped table. Nothing
+that comes with a data set is executed: `datasets` has no scripts and no pickle, FORMATS are what Pillow decodes by itself.
 """
 
+import contextlib
+import io
+import itertools
 import json
+import math
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +27,16 @@ INSTRUCTION = (
     "Think about the question first and write your reasoning inside <think> </think>. "
     "Then give the final answer in \\boxed{}."
 )
+FORMATS = "BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP AVIF".split()  # Pillow hands some others (EPS) to outside programs
+TABLES = {".parquet": "parquet", ".arrow": "arrow"}  # file ending -> its reader in `datasets`
+SHUFFLE_BUFFER = 1000  # rows of a stream that wait in memory to be drawn at random
 
 
 @dataclass
 class Example:
     """One row: what the policy sees (images, problem) and what the reward knows (answer)."""
 
-    images: list  # PIL images, in the order of the <image> placeholders
+    images: list  # PIL images, in the order of the <image> placeholders; none in a text-only row
     problem: str
     answer: str
     name: str = "example"  # where it comes from, for error messages: file and row
@@ -30,80 +44,52 @@ class Example:
     digits: tuple = ()  # digits task: what the image really shows
 
 
-class Folder:
-    """Rows of a Hugging Face ImageFolder: metadata.jsonl with file_name (or file_names), problem and answer; lazy images.
+# ---------------------------------------------------------------------------------------------------------------------
+# From row to Example
+# ---------------------------------------------------------------------------------------------------------------------
+class Rows:
+    """Rows of any data set as Examples. A row that cannot be used is a ValueError: its place, its column, what is wrong.
 
-    Every row is checked when the folder is read, the pixels when they are needed. Raises ValueError naming file and line.
+    read:    i -> row i, a dict
+    where:   i -> its place, for messages
+    cfg:     a Config or EvalConfig
+    columns: where to look for images, in this order
+    folder:  what file names are relative to; None where no files belong to the data
     """
 
-    def __init__(self, folder, instruction=INSTRUCTION):
-        self.folder, self.instruction = Path(folder), instruction
-        self.file = self.folder / "metadata.jsonl"
-        if not self.file.exists():
-            raise ValueError(f"data folder '{folder}' has no metadata.jsonl: one JSON object a line with file_name, problem, answer")
-        self.rows = []
-        for number, line in enumerate(self.file.read_bytes().split(b"\n"), 1):
-            if line.strip():
-                self.rows.append(self.check(line, f"{self.file}, line {number}"))
-        if not self.rows:
-            raise ValueError(f"{self.file} has no rows")
-
-    def check(self, line, name):
-        """One line of metadata.jsonl -> (name, image paths, problem, answer)."""
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{name}: not JSON in UTF-8 ({str(error).splitlines()[0]})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{name}: not a JSON object with file_name, problem, answer")
-        files = row.get("file_names") or [row.get("file_name")]
-        if not isinstance(files, list) or not all(isinstance(file, str) and file for file in files):
-            raise ValueError(f"{name}: no image: set file_name to a path or file_names to a list of paths (found {', '.join(row)})")
-        for key in ("problem", "answer"):
-            value = row.get(key)
-            if not isinstance(value, (str, int, float)) or not str(value).strip():
-                raise ValueError(f"{name}: no {key}, which must be a text or a number (found {', '.join(row)})")
-        for file in files:
-            if not (self.folder / file).is_file():
-                raise ValueError(f"{name}: image '{file}' does not exist in {self.folder}")
-        return name, [self.folder / file for file in files], str(row["problem"]), str(row["answer"])
+    def __init__(self, read, length, where, cfg, columns, folder=None):
+        self.read, self.length, self.where, self.cfg, self.columns, self.folder = read, length, where, cfg, columns, folder
 
     def __len__(self):
-        return len(self.rows)
+        return self.length
 
     def __getitem__(self, i):
-        name, files, problem, answer = self.rows[i]
-        images = [open_image(file, name) for file in files]
-        return Example(images, join_prompt(problem, self.instruction), answer, name)
+        return self.example(i)
+
+    def example(self, i, pixels=True):
+        """Row i as an Example. pixels=False finds its images without opening them."""
+        row, where = self.read(i), self.where(i)
+        problem, answer = (text(row, column, where) for column in (self.cfg.problem_column, self.cfg.answer_column))
+        column = next((column for column in self.columns if row.get(column)), None)
+        sources, images = row.get(column, []), []
+        for number, source in enumerate(sources if isinstance(sources, list) else [sources], 1):
+            try:
+                source = locate(source, where, self.folder)
+                images.append(resize(open_image(source, where), self.cfg.min_pixels, self.cfg.max_pixels) if pixels else source)
+            except ValueError as error:
+                raise ValueError(f"{error} (column {column}, number {number})") from error
+        if not images and self.cfg.text_only == "refuse":
+            names = " or ".join(self.columns)
+            raise ValueError(f"{where}: no image in column {names} (found {', '.join(row)}): --text_only train keeps it")
+        return Example(images, join_prompt(problem, self.cfg.instruction), answer, where)
 
 
-class Hub:
-    """A data set of the Hugging Face hub (or a local copy) read by the `datasets` package: columns images, problem, answer."""
-
-    def __init__(self, name, split, instruction=INSTRUCTION):
-        try:
-            import datasets
-        except ImportError as error:
-            raise ImportError(f"data '{name}' is not a local folder, and the hub needs: pip install datasets") from error
-        try:
-            self.rows = datasets.load_dataset(name, split=split)
-        except Exception as error:  # datasets raises a dozen kinds of error; the user needs the first sentence of any
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"data '{name}' is neither a local folder nor a readable hub data set: {reason}") from error
-        self.name, self.split, self.instruction = name, split, instruction
-        missing = {"images", "problem", "answer"} - set(self.rows.column_names)
-        if missing:
-            raise ValueError(f"{name}: no column {', '.join(sorted(missing))} (found {', '.join(self.rows.column_names)})")
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        row, name = self.rows[i], f"{self.name} {self.split}[{i}]"
-        images = [open_image(image, name) for image in row["images"] or []]
-        if not images or not str(row["answer"] or "").strip():
-            raise ValueError(f"{name}: no {'answer' if images else 'image'}")
-        return Example(images, join_prompt(row["problem"], self.instruction), str(row["answer"]), name)
+def text(row, column, where):
+    """A row's problem or answer."""
+    value = row.get(column)
+    if not isinstance(value, (str, int, float)) or value != value or not str(value).strip():
+        raise ValueError(f"{where}: no {column}, which must be a text or a number (found {', '.join(row)})")
+    return str(value)
 
 
 def join_prompt(problem, instruction):
@@ -111,46 +97,243 @@ def join_prompt(problem, instruction):
     return f"{problem}\n\n{instruction}" if instruction else problem
 
 
-def open_image(source, name):
-    """A file or PIL image -> upright RGB image, transparency on white; ValueError naming the row if it does not open."""
+def locate(source, where, folder=None):
+    """An entry of an image column (file name, bytes, {"bytes", "path"}, PIL image) -> existing path, bytes or PIL image."""
+    if isinstance(source, dict):  # as `datasets` stores an image; one kept as a file has a path and no bytes
+        source = source.get("bytes") or Path(source.get("path") or "")
+    elif isinstance(source, str) and folder is None:
+        raise ValueError(f"{where}: text where an image should be: {source[:80]!r}")
+    if isinstance(source, (str, Path)):
+        path = Path(folder or "", source)
+        if not os.path.isfile(path):
+            raise ValueError(f"{where}: image {str(source)[:80]!r} does not exist{f' in {folder}' if folder else ''}")
+        return path
+    if not isinstance(source, (bytes, Image.Image)):
+        raise ValueError(f"{where}: {type(source).__name__} where an image should be")
+    return source
+
+
+def open_image(source, where):
+    """A path, bytes or PIL image -> upright RGB image, transparency on white; ValueError if it does not open."""
     try:
-        image = ImageOps.exif_transpose(Image.open(source) if isinstance(source, (str, Path)) else source)
-        if image.mode.startswith("I"):  # 16 and 32 bits a pixel: scale to 8, which convert would clip to white
-            pixels = np.asarray(image, np.float32)
-            image = Image.fromarray((pixels * (255 / max(pixels.max(), 1))).clip(0, 255).astype(np.uint8))
+        image = source
+        if not isinstance(source, Image.Image):
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":  # 16 bits, or 32 and floats of unknown range: to 8, where convert would clip
+            pixels = np.nan_to_num(np.asarray(image, np.float32))
+            top = 65535 if image.mode.startswith("I;16") else max(pixels.max(), 1)
+            image = Image.fromarray((pixels * (255 / top)).round().clip(0, 255).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: image '{getattr(source, 'name', source)}' does not open ({error})") from error
+    except Exception as error:  # Pillow answers damaged files with a dozen kinds of error
+        file = f" {source.name!r}" if isinstance(source, Path) else ""
+        raise ValueError(f"{where}: image{file} does not open ({reason(error).split(' <')[0]})") from error
 
 
-def load_data(name, split="train", instruction=INSTRUCTION):
-    """A sequence of Examples: 'digits', a folder (its sub-folder `split` if there is one), or a hub id.
+def resize(image, min_pixels=0, max_pixels=0):
+    """Enlarge or shrink to an area of min_pixels .. max_pixels (0: no limit), bicubic; the aspect as near as whole pixels allow.
 
-    Returns None where a folder has no such split and is not asked for "train": there is nothing to evaluate on. Raises
-    ValueError or ImportError with one sentence otherwise.
+    The paper's range is 200,704 .. 1,003,520 (Section 4). It comes before masking: patches are cut from what the model sees.
     """
+    area = image.width * image.height
+    wanted = min(max(area, min_pixels), max_pixels or math.inf)
+    if wanted == area:
+        return image
+    scale, whole = math.sqrt(wanted / area), math.ceil if wanted > area else math.floor
+    width, height = (max(1, whole(round(side * scale, 6))) for side in image.size)
+    if max_pixels and width * height > max_pixels:  # of a line one pixel wide the aspect cannot be kept
+        width, height = (max_pixels // height, height) if width > height else (width, max_pixels // width)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Readers
+# ---------------------------------------------------------------------------------------------------------------------
+def reason(error):
+    """The first line of an error's text, or its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_jsonl(file, cfg):
+    """A metadata.jsonl: one JSON object a line. All but pixels is checked at once, unless bad rows are skipped anyway."""
+    lines = [(number, line) for number, line in enumerate(file.read_bytes().split(b"\n"), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{file} has no rows")
+
+    def where(i):
+        return f"{file}, line {lines[i][0]}"
+
+    def read(i):
+        try:
+            row = json.loads(lines[i][1].decode("utf-8-sig"))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{where(i)}: not JSON in UTF-8 ({reason(error)})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where(i)}: not a JSON object with file_name, {cfg.problem_column}, {cfg.answer_column}")
+        return row
+
+    rows = Rows(read, len(lines), where, cfg, [cfg.images_column, "file_names", "file_name"], file.parent)
+    for i in range(0 if cfg.skip_bad_rows else len(rows)):
+        rows.example(i, pixels=False)
+    return rows
+
+
+@contextlib.contextmanager
+def readable(name):
+    """Whatever `datasets` raises inside, of a dozen kinds, as an OSError of one sentence.
+
+    No ValueError: a data set out of reach is no bad row, which --skip_bad_rows would pass over.
+    """
+    try:
+        yield
+    except Exception as error:
+        other = "" if Path(name).exists() else " as a hub data set, and there is no such folder or file"
+        raise OSError(f"data '{name}' cannot be read{other}: {reason(error.__cause__ or error)}") from error
+
+
+class Stream:
+    """Position -> row of a data set that is not downloaded but read along, epoch after epoch; going back starts it anew.
+
+    `datasets` shuffles the files, and the rows within a buffer, anew in each epoch, keyed by the seed. Every rank reads the
+    whole stream and keeps its own positions; a resumed run reads again what it has had.
+    """
+
+    def __init__(self, rows, name):
+        self.rows, self.name, self.rest, self.next = rows, name, None, 0
+
+    def endless(self):
+        """The rows of all epochs, one after the other."""
+        for epoch in itertools.count():
+            self.rows.set_epoch(epoch)
+            yield from self.rows
+
+    def __getitem__(self, position):
+        if self.rest is None or position < self.next:
+            self.rest, self.next = self.endless(), 0
+        with readable(self.name):
+            row = next(itertools.islice(self.rest, position - self.next, None))
+        self.next = position + 1
+        return row
+
+
+def read_tables(name, split, cfg, first, own):
+    """A hub id, or a local file or folder of parquet or arrow, through `datasets`. Arguments as in load_data."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"data '{name}' is no folder with metadata.jsonl; all else needs: pip install datasets") from error
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        datasets.disable_progress_bars()
+    path, folder = Path(name), None
+    if path.exists():
+        folder = path if path.is_dir() else path.parent
+    with readable(name):
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            splits = datasets.load_from_disk(name)
+        elif path.is_file():
+            splits = datasets.load_dataset(TABLES[path.suffix], data_files=name, streaming=cfg.streaming)
+        else:
+            splits = datasets.load_dataset(name, streaming=cfg.streaming)
+    splits = splits if isinstance(splits, dict) else {"train": splits}
+    found = choose(list(splits), split, name, own)
+    if found is None:
+        return None
+    rows, where = splits[found], f"{name} {found}[{{}}]".format
+    streaming = isinstance(rows, datasets.IterableDataset)
+    if streaming:
+        stream = rows.decode(False) if rows.features else rows  # images as the bytes that are stored
+        with readable(name):
+            head = list(itertools.islice(stream, 1 if first is None else first or None))
+        read, length = head.__getitem__, len(head)
+    else:
+        tables = rows.with_format("arrow")  # row i as a table of one row, images as the bytes that are stored
+        read, length = (lambda i: tables[i].to_pylist()[0]), len(rows)
+    if not length:
+        raise ValueError(f"data '{name}' has no rows in its split '{found}'")
+    columns = list(read(0))
+    flags = {"problem": cfg.problem_column, "answer": cfg.answer_column, "images": cfg.images_column}
+    for flag, column in flags.items():
+        if column not in columns and (flag != "images" or cfg.text_only == "refuse"):
+            raise ValueError(f"data '{name}' has no column {column} (found {', '.join(columns)}): give --{flag}_column")
+    if streaming and first is None:
+        read, length = Stream(stream.shuffle(seed=cfg.seed, buffer_size=SHUFFLE_BUFFER), name).__getitem__, None
+        where = f"{name} {found}, row {{}} of the shuffled stream".format
+    elif not streaming and not cfg.skip_bad_rows:  # texts are cheap to check; images wait for their turn
+        for i, row in enumerate(rows.select_columns([cfg.problem_column, cfg.answer_column])):
+            for column in (cfg.problem_column, cfg.answer_column):
+                text(dict.fromkeys(columns) | row, column, where(i))
+    return Rows(read, length, where, cfg, [cfg.images_column], folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which data set, which split, which row
+# ---------------------------------------------------------------------------------------------------------------------
+def choose(splits, split, name, own):
+    """The one of a data set's `splits` that is asked for; None if there is none and nothing depends on it."""
+    found = [s for s in splits if s in ((split, "validation") if split == "val" else (split,))]
+    if not found and own and len(splits) == 1:
+        found = splits
+    if not found and (own or split == "train"):
+        raise ValueError(f"data '{name}' has no split '{split}' (found {', '.join(splits)})")
+    return found[0] if found else None
+
+
+def load_data(name, split, cfg, first=None, own=False):
+    """A sequence of Examples; None where the data set has no such split, for there is nothing to evaluate on.
+
+    cfg:   a Config or EvalConfig
+    first: with --streaming, how many rows to keep for evaluation (0: all); None streams without end, for training
+    own:   the data set was named for this purpose: if it has a single split, that one, and if it has no such split, an error
+
+    Raises ValueError, ImportError or OSError of one sentence for what cannot be read.
+    """
+    if cfg.text_only not in ("refuse", "train"):
+        raise ValueError(f"--text_only '{cfg.text_only}' is unknown: choose one of refuse, train")
+    if cfg.min_pixels < 0 or cfg.max_pixels < 0 or 0 < cfg.max_pixels < cfg.min_pixels:
+        raise ValueError(f"--min_pixels {cfg.min_pixels} and --max_pixels {cfg.max_pixels} are no range: 0 is no limit")
     if name == "digits":
         from digits import Digits  # which needs Example from here
 
         return Digits(split)
-    folder = Path(name)
-    if folder.is_dir():
-        if (folder / split).is_dir():
-            return Folder(folder / split, instruction)
-        return Folder(folder, instruction) if split == "train" else None
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ValueError(f"data '{name}' is unknown: give digits, an existing folder with metadata.jsonl, or a hub id OWNER/NAME")
-    return Hub(name, {"val": "validation"}.get(split, split), instruction)
+    path = Path(name)
+    if path.is_dir():
+        files = {file.parent.name: file for file in sorted(path.glob("*/metadata.jsonl"))}
+        if (path / "metadata.jsonl").exists():
+            files = {"train": path / "metadata.jsonl"} | files
+        if not files and not any(file.suffix in TABLES for file in path.rglob("*")):
+            raise ValueError(f"data folder '{name}' has no metadata.jsonl, and no parquet or arrow file")
+    else:
+        files = {"train": path} if path.suffix == ".jsonl" and path.is_file() else {}
+    if files:
+        found = choose(list(files), split, name, own)
+        return read_jsonl(files[found], cfg) if found else None
+    hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not (path.is_dir() or path.is_file() and path.suffix in TABLES or hub):
+        known = "digits, an existing folder, a .jsonl, .parquet or .arrow file, or a hub id OWNER/NAME"
+        raise ValueError(f"data '{name}' is unknown: give {known}")
+    return read_tables(name, split, cfg, first, own)
+
+
+def load_splits(cfg):
+    """A run's data for training, validation and test; None for what it does not use or have."""
+    train_data, val_data, test_data = load_data(cfg.data, "train", cfg), None, None
+    if cfg.eval_every:
+        val_data = load_data(cfg.val_data or cfg.data, "val", cfg, cfg.eval_prompts, own=bool(cfg.val_data))
+    if cfg.test_prompts:
+        test_data = load_data(cfg.test_data or cfg.data, "test", cfg, cfg.test_prompts, own=bool(cfg.test_data))
+    return train_data, val_data, test_data
 
 
 def example_at(dataset, position, seed):
     """The example at a run's `position` (0, 1, 2, ...): a fresh shuffle of the data set each epoch, keyed by (seed, epoch).
 
-    An endless data set is read in order from a place that depends on the seed.
+    A stream is in such an order by itself. An endless data set is read in order from a place that depends on the seed.
     """
+    if isinstance(dataset, Rows) and dataset.length is None:
+        return dataset[position]
     if len(dataset) >= 2**31:
         return dataset[(seed * 2**20 + position) % 2**30]
     epoch, i = divmod(position, len(dataset))

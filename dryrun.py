@@ -16,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen3VLConfig
 
 import tiny
-from data import load_data
+from data import load_splits
 from memory import DIGITS, MODELS, count_parameters, memory_per_gpu, qwen
 
 CARD = 80e9  # bytes of the paper's GPUs: 74.5 GiB
@@ -35,8 +35,8 @@ KNOWN["Qwen/Qwen3-VL-8B-Instruct"] = Qwen3VLConfig(
 
 
 def is_hub_id(name):
-    """Whether a name that is no local folder has the form OWNER/NAME."""
-    return not Path(name).is_dir() and not name.startswith((".", "/", "~")) and name.count("/") == 1
+    """Whether a name that is no local folder or file has the form OWNER/NAME."""
+    return not Path(name).exists() and not name.startswith((".", "/", "~")) and name.count("/") == 1
 
 
 def dimensions(name):
@@ -100,7 +100,7 @@ def dry_run(cfg, folder):
     if from_hub:
         rows = ROWS.get(cfg.data)
     else:  # every row is checked, as a run would
-        rows = [len(load_data(cfg.data, split, cfg.instruction) or ()) for split in ("train", "val", "test")][0]
+        rows = load_splits(cfg)[0].length  # None: a stream
 
     print(f"{cfg.method}: {cfg.model} on {cfg.data}, output in {folder}\n\nfields that differ from their defaults:")
     different = [field for field in fields(cfg) if getattr(cfg, field.name) != field.default]

@@ -25,7 +25,7 @@ import tiny
 from data import INSTRUCTION, load_data
 from model import Policy, load
 from rollout import generate
-from vppo import command_line, encode_checked, option
+from vppo import command_line, first_prompt, option, usable
 
 
 @dataclass
@@ -33,17 +33,25 @@ class EvalConfig:
     """Flags of eval.py; the names are those of train.py where they mean the same."""
 
     model: str = option("tiny", "'tiny' (warmed up, before RL), a checkpoint folder, or a hub id")
-    data: str = option("digits", "'digits', a folder with metadata.jsonl and images, or a hub id")
+    data: str = option("digits", "'digits', a folder with metadata.jsonl or tables, a .jsonl or .parquet file, or a hub id")
     benchmark: str = option("", "the paper's, by name, or 'all': see benchmarks.py; --data is then a local copy")
-    split: str = option("test", "train, val or test")
+    split: str = option("test", "train, val or test; a data set with a single split is taken whole")
     samples: int = option(8, "responses per prompt: the k of avg@k, pass@k and majority@k")
     prompts: int = option(512, "how many prompts, from the first; 0 takes all")
     max_new_tokens: int = option(48, "length limit of a response")
     temperature: float = option(1.0, "sampling temperature")
     top_p: float = option(1.0, "nucleus")
-    max_prompt_tokens: int = option(4096, "a longer prompt is an error")
+    max_prompt_tokens: int = option(4096, "longer prompts are left out and counted")
     system_prompt: str = option("You are a helpful assistant.", "system turn, if the chat template has one")
-    instruction: str = option(INSTRUCTION, "appended to every problem of a folder or hub data set")
+    problem_column: str = option("problem", "column of the question; <image> in it marks an image's place")
+    answer_column: str = option("answer", "column of the true answer")
+    images_column: str = option("images", "column of one image or a list; metadata.jsonl may also call it file_name(s)")
+    instruction: str = option(INSTRUCTION, "appended to every problem of a folder, file or hub data set")
+    min_pixels: int = option(0, "smaller images are enlarged to this area; 0 leaves them")
+    max_pixels: int = option(0, "larger images are shrunk to this area; 0 leaves them")
+    text_only: str = option("refuse", "a row without image: refuse (an error) or train (keep it)")
+    skip_bad_rows: bool = option(False, "leave out and count rows that cannot be used, instead of an error")
+    streaming: bool = option(False, "read the first rows of tables without downloading the others")
     grader: str = option("exact", "exact or math-verify")
     responses_at_once: int = option(1024, "responses in one call of generate: memory")
     seed: int = option(0, "of sampling")
@@ -81,44 +89,53 @@ def majority(texts, rewards):
 def evaluate(policy, dataset, cfg, prompts, samples, seed=0, progress="evaluation", with_ids=0):
     """Answer the first `prompts` examples `samples` times each. Returns (scores, records), the same on every rank.
 
-    cfg: a Config or EvalConfig. scores: {"avg", "avg_ci", "pass", "pass_ci", "majority", "majority_ci"}; records: one dict a
-    prompt, in order, the first `with_ids` with "response_ids". The prompts are dealt out over the ranks; sampling is keyed
-    by (seed, rank) and leaves the global generator as it was.
+    cfg: a Config or EvalConfig. scores: {"avg", "avg_ci", "pass", "pass_ci", "majority", "majority_ci"}, and "left_out" where
+    prompts are too long or, with --skip_bad_rows, unusable; records: one dict a prompt, in order, the first `with_ids` with
+    "response_ids". The prompts are dealt out over the ranks; sampling is keyed by (seed, rank) and leaves the global generator
+    as it was.
     """
     numbers = range(distributed.rank(), min(prompts or len(dataset), len(dataset)), distributed.world())
-    records = []
+    records, left_out = [], {"prompts_too_long": [], "bad_rows": []}
     progress = progress if distributed.rank() == 0 else None
     with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []), distributed.unsharded(policy):
         torch.manual_seed(seed * 1_009 + distributed.rank())
         for start in range(0, len(numbers), 512):  # whose images and prompts are in memory together
-            part = numbers[start : start + 512]
-            examples = [dataset[i] for i in part]
-            encoded = [encode_checked(policy, example, cfg) for example in examples]
+            found = usable(policy, dataset.__getitem__, numbers[start : start + 512], cfg, left_out)
+            if not found:
+                continue
+            encoded = [prompt for *_, prompt in found]
             rollout = generate(
                 policy, encoded, samples, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.responses_at_once, progress
             )
-            for q, (number, example) in enumerate(zip(part, examples)):
+            for q, (number, example, _) in enumerate(found):
                 texts = rollout.texts[q * samples : (q + 1) * samples]
                 rewards = [reward.grade(text, example.answer, cfg.grader) for text in texts]
                 records.append({"number": number, "name": example.name, "problem": example.problem, "answer": example.answer,
                                 "kind": example.kind, "rewards": rewards, "responses": texts})  # fmt: skip
-                if number < with_ids:
+                if len(records) <= with_ids:  # of this rank: among them the first of all
                     rows = range(q * samples, (q + 1) * samples)
                     records[-1]["response_ids"] = [rollout.response_ids[i][rollout.response_mask[i]].tolist() for i in rows]
     records = sorted(distributed.gather(records), key=lambda record: record["number"])
+    for record in records[with_ids:]:
+        record.pop("response_ids", None)
+    left_out = distributed.gather(left_out["prompts_too_long"] + left_out["bad_rows"])
+    if not records:
+        raise ValueError(f"no prompt to evaluate is left: {left_out[0]}")
     rewards = torch.tensor([record["rewards"] for record in records])  # (prompts, samples)
     average, average_ci = interval(rewards.mean(dim=1))
     passed, passed_ci = interval(rewards.amax(dim=1))
     voted, voted_ci = interval(torch.tensor([majority(record["responses"], record["rewards"]) for record in records]))
     scores = {"avg": average, "avg_ci": average_ci, "pass": passed, "pass_ci": passed_ci}
-    return scores | {"majority": voted, "majority_ci": voted_ci}, records
+    scores |= {"majority": voted, "majority_ci": voted_ci}
+    return scores | ({"left_out": len(left_out)} if left_out else {}), records
 
 
 def describe(scores, samples):
     """The scores as one line of text."""
     names = ("avg", "pass", "majority")
     width = {name: "?" if scores[f"{name}_ci"] is None else f"{scores[f'{name}_ci']:.3f}" for name in names}
-    return "   ".join(f"{name}@{samples} {scores[name]:.3f} +- {width[name]}" for name in names)
+    gone = f"   ({scores['left_out']} prompts left out)" if scores.get("left_out") else ""
+    return "   ".join(f"{name}@{samples} {scores[name]:.3f} +- {width[name]}" for name in names) + gone
 
 
 def main(argv=None):
@@ -129,17 +146,14 @@ def main(argv=None):
         others = "--prompts not be negative, --temperature be positive and --top_p be in (0, 1]"
         raise ValueError(f"--samples must be at least 1, --max_new_tokens too, {others}")
     copy = "" if cfg.data == EvalConfig.data else cfg.data
-    sets = {name: benchmarks.load(name, copy, cfg.instruction) for name in benchmarks.named(cfg.benchmark)}
-    dataset = next(iter(sets.values())) if sets else load_data(cfg.data, cfg.split, cfg.instruction)
-    if dataset is None and (Path(cfg.data) / "metadata.jsonl").exists():  # a folder without splits is evaluated whole
-        dataset = load_data(cfg.data, "train", cfg.instruction)
-    if dataset is None:
-        raise ValueError(f"--data {cfg.data} has no '{cfg.split}' folder: name another with --split")
+    pixels = cfg.min_pixels, cfg.max_pixels
+    sets = {name: benchmarks.load(name, copy, cfg.instruction, pixels) for name in benchmarks.named(cfg.benchmark)}
+    dataset = next(iter(sets.values())) if sets else load_data(cfg.data, cfg.split, cfg, cfg.prompts, own=True)
     device = distributed.start()
     folder = tiny.ensure()[0] if cfg.model == "tiny" and distributed.rank() == 0 else cfg.model
     folder = distributed.gather([folder])[0]
     policy = Policy(*load(folder, device), cfg.temperature)
-    policy.check_sharing(encode_checked(policy, dataset[0], cfg))
+    policy.check_sharing(first_prompt(policy, dataset.__getitem__, range(len(dataset)), cfg))
     base = Path(cfg.model) if Path(cfg.model).is_dir() else Path("runs")
     output = Path(cfg.output or base / ("eval-benchmarks" if sets else f"eval-{Path(cfg.data).name}-{cfg.split}"))
     if not sets:

@@ -29,16 +29,16 @@ import distributed
 import reward
 import tiny
 from checkpoint import checkpoint_of, clean, restore, save_checkpoint
-from data import example_at, load_data
+from data import example_at, load_splits
 from dryrun import dry_run
 from eval import describe, evaluate
 from model import Policy, load
 from report import curves
-from vppo import Config, check, command_line, encode_checked, train_step
+from vppo import Config, check, command_line, first_prompt, train_step
 
 PATIENCE = 10  # updates in a row without a finite gradient before a run gives up
 # What may differ from config.json when a run is resumed: it changes speed, memory and files, not what is computed.
-MAY_CHANGE = set("tokens_per_batch share_prompt static_cache shard activation_checkpointing save_every keep log".split())
+MAY_CHANGE = set("tokens_per_batch share_prompt static_cache shard activation_checkpointing save_every keep log skip_bad_rows".split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def main(argv=None):
     reward.check_grader(cfg.grader)
     whole = dataclasses.replace(cfg, temperature=1.0, top_p=1.0)  # how evaluation samples (Section 4)
     # Data before the model: a bad row should not cost a model's loading time.
-    train_data, val_data, test_data = (load_data(cfg.data, split, cfg.instruction) for split in ("train", "val", "test"))
+    train_data, val_data, test_data = load_splits(cfg)
 
     # Distributed: rank 0 decides where the run lives and where it starts, the others hear of it.
     device = distributed.start()
@@ -259,13 +259,14 @@ def main(argv=None):
         policy.model.activation_checkpointing_enable()
     engine = distributed.engine(policy, cfg.shard)
     with distributed.unsharded(policy):
-        sharing = policy.check_sharing(encode_checked(policy, example_at(train_data, 0, cfg.seed), cfg))
+        sharing = policy.check_sharing(first_prompt(policy, lambda p: example_at(train_data, p, cfg.seed), range(1000), cfg))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
     if first:  # only now: a run that fails to start leaves nothing behind
         open_folder(folder, cfg, resume, path)
-    progress = {"step": 0, "position": 0, "seconds": 0.0, "bad": 0, "before": None}
+    progress = {"step": 0, "position": 0, "seconds": 0.0, "bad": 0, "before": None,
+                "left_out": {"prompts_too_long": 0, "bad_rows": 0}}  # fmt: skip
     if path:
-        progress = restore(policy, optimizer, path)
+        progress |= restore(policy, optimizer, path)
     if first:
         size = sum(p.numel() for p in policy.parameters()) / 1e6
         responses, ranks = cfg.prompts_per_step * cfg.group_size, distributed.world()
@@ -281,7 +282,7 @@ def main(argv=None):
 
     def test(when):
         """Held-out scores; None if there is no held-out data or it is switched off."""
-        if test_data is None or not cfg.test_prompts:
+        if test_data is None:
             return None
         scores, records = evaluate(policy, test_data, whole, cfg.test_prompts, cfg.eval_samples, cfg.seed, f"held-out {when}")
         if first:
@@ -298,7 +299,7 @@ def main(argv=None):
     for step in bar:
         metrics, progress["position"], batch = train_step(engine, optimizer, train_data, cfg, step, progress["position"])
         last = step + 1 == cfg.steps
-        if val_data is not None and cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or last):
+        if val_data is not None and ((step + 1) % cfg.eval_every == 0 or last):
             clock = time.perf_counter()
             scores, _ = evaluate(policy, val_data, whole, cfg.eval_prompts, cfg.eval_samples, cfg.seed, "validation")
             metrics |= {"val_avg": scores["avg"], "val_avg_ci": scores["avg_ci"], "seconds_eval": time.perf_counter() - clock}
@@ -317,6 +318,7 @@ def main(argv=None):
         if progress["bad"] >= PATIENCE:
             raise ValueError(f"{progress['bad']} updates in a row had no finite gradient (step {step + 1}): start a new run with "
                              "--model CHECKPOINT and a smaller --lr, or --dtype float32; they left the weights as they were")  # fmt: skip
+        progress["left_out"] = {what: number + metrics[what] for what, number in progress["left_out"].items()}
         progress |= {"step": step + 1, "seconds": time.time() - start}
         leave = distributed.total(len(asked)) > 0  # all ranks leave together
         if leave or (cfg.save_every and ((step + 1) % cfg.save_every == 0 or last)):
@@ -351,6 +353,9 @@ def main(argv=None):
         if after:
             print(f"\nheld out, {min(cfg.test_prompts, len(test_data))} prompts x {k} responses, 95 % intervals\n"
                   f"  before  {describe(progress['before'], k)}\n  after   {describe(after, k)}")  # fmt: skip
+        if any(progress["left_out"].values()):
+            print("left out in training, each time it came up: "
+                  + ", ".join(f"{what.replace('_', ' ')} {number}" for what, number in progress["left_out"].items()))  # fmt: skip
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         if cfg.steps:
             curves(folder / "metrics.jsonl", folder / "curves.png")  # does nothing without matplotlib

@@ -10,6 +10,7 @@ The other methods are this one with parts switched off (METHODS). Read dependenc
 
 import argparse
 import math
+import sys
 import time
 from dataclasses import dataclass, field
 
@@ -58,20 +59,31 @@ class Config:
 
     # What to train
     model: str = option("tiny", "'tiny' (built and warmed up here), a folder in Hugging Face format, or a hub id")
-    data: str = option("digits", "'digits', a folder with metadata.jsonl and images, or a hub id")
+    data: str = option("digits", "'digits', a folder with metadata.jsonl or tables, a .jsonl or .parquet file, or a hub id")
+    val_data: str = option("", "data set for validation; default: the split 'val' of --data, if it has one")
+    test_data: str = option("", "data set for the final table; default: the split 'test' of --data, if it has one")
     method: str = option("vppo", "vppo, dapo, grpo, tgf (filter only), tas (shaping only) or vppo_grpo")
     steps: int = option(100, "rollout batches to train on")  # ours; the paper: 2 epochs of 38,870 rows
     seed: int = option(0, "prompts, masks and sampling follow from it")
     output: str = option("", "output folder; default runs/METHOD-DATA-SEED")
+    # Rows of a folder, file or hub data set
+    problem_column: str = option("problem", "column of the question; <image> in it marks an image's place")  # official data
+    answer_column: str = option("answer", "column of the true answer")  # official data
+    images_column: str = option("images", "column of one image or a list; metadata.jsonl may also call it file_name(s)")
+    instruction: str = option(INSTRUCTION, "appended to every problem")  # Section 4
+    min_pixels: int = option(0, "smaller images are enlarged to this area; 0 leaves them")  # Section 4: 200704
+    max_pixels: int = option(0, "larger images are shrunk to this area; 0 leaves them")  # Section 4: 1003520
+    text_only: str = option("refuse", "a row without image: refuse (an error) or train")
+    skip_bad_rows: bool = option(False, "leave out and count rows that cannot be used, instead of an error")
+    streaming: bool = option(False, "read tables along instead of downloading them first; shuffled in a buffer")
     # Phase 1: rollout
     prompts_per_step: int = option(16, "Q, prompts per rollout batch over all ranks")  # Table 9: 384
     group_size: int = option(8, "G, responses per prompt")  # Table 9: 8
     temperature: float = option(1.0, "of sampling and of scoring")  # Table 9: 1.0
     top_p: float = option(1.0, "nucleus of the rollout; scoring keeps the full softmax")  # ours 1.0; Table 9: 0.99
     max_new_tokens: int = option(48, "length limit of a response")  # Table 9: 2048 (7B), 4096 (32B)
-    max_prompt_tokens: int = option(4096, "a longer prompt is an error")  # Section 4
+    max_prompt_tokens: int = option(4096, "longer prompts are left out and counted")  # Section 4
     system_prompt: str = option("You are a helpful assistant.", "system turn, if the chat template has one")
-    instruction: str = option(INSTRUCTION, "appended to every problem of a folder or hub data set")  # Section 4
     max_rounds: int = option(3, "rounds of dynamic sampling before training on the groups there are")  # ours
     grader: str = option("exact", "exact or math-verify")
     # Phase 2: dependency
@@ -167,13 +179,68 @@ class Batch:
 # ---------------------------------------------------------------------------------------------------------------------
 # Phase 1: rollout
 # ---------------------------------------------------------------------------------------------------------------------
+class TooLong(ValueError):
+    """A prompt of more than --max_prompt_tokens."""
+
+
 def encode_checked(policy, example, cfg):
-    """`model.encode` with the length limit: an over-long prompt is an error that names its row."""
-    prompt = encode(policy.processor, example, cfg.system_prompt)
+    """`model.encode` with the length limit; ValueError naming the row if it is exceeded or the processor refuses the example."""
+    try:
+        prompt = encode(policy.processor, example, cfg.system_prompt)
+    except (ValueError, TypeError) as error:  # an image 1 x 300, an unpaired surrogate
+        raise ValueError(f"{example.name}: {str(error).removeprefix(f'{example.name}: ')}") from error
     length = prompt["input_ids"].shape[1]
     if length > cfg.max_prompt_tokens:
-        raise ValueError(f"{example.name}: prompt of {length} tokens exceeds --max_prompt_tokens {cfg.max_prompt_tokens}")
+        raise TooLong(f"{example.name}: prompt of {length} tokens exceeds --max_prompt_tokens {cfg.max_prompt_tokens}")
     return prompt
+
+
+def usable(policy, get, places, cfg, left_out):
+    """The examples get(i) of some places that make a prompt: [(i, example, prompt)]; `left_out` collects why others do not.
+
+    left_out: {"prompts_too_long": [sentence], "bad_rows": [sentence]}. Over-long prompts are left out as in the paper (Section
+    4); a row that cannot be used is an error, unless --skip_bad_rows leaves it out, too.
+    """
+    found = []
+    for i in places:
+        try:
+            example = get(i)
+            found.append((i, example, encode_checked(policy, example, cfg)))
+        except TooLong as error:
+            left_out["prompts_too_long"].append(str(error))
+        except ValueError as error:
+            if not cfg.skip_bad_rows:
+                raise
+            left_out["bad_rows"].append(str(error))
+            tqdm.write(f"left out: {error}", file=sys.stderr)
+    return found
+
+
+def first_prompt(policy, get, places, cfg):
+    """The prompt of the first place whose example get(i) makes one."""
+    left_out = {"prompts_too_long": [], "bad_rows": []}
+    for i in places:
+        for _, _, prompt in usable(policy, get, [i], cfg, left_out):
+            return prompt
+    raise ValueError(f"none of the first {len(places)} prompts can be used, among them {max(left_out.values(), key=len)[0]}")
+
+
+def fetch(policy, dataset, cfg, position, wanted, left_out):
+    """This rank's next `wanted` prompts, [(position, example, prompt)], and the run's new position, the same on all ranks.
+
+    Those left out are replaced by the next in line: each pass takes as many positions in a row as are missing over all ranks,
+    so which ones a batch is made of does not depend on the number of ranks.
+    """
+    found, start = [], position
+    while sum(missing := distributed.gather([wanted - len(found)])):
+        if position - start > 1000 + 10 * cfg.prompts_per_step:
+            last = distributed.gather([sentence for sentences in left_out.values() for sentence in sentences[-1:]])[-1]
+            raise ValueError(f"of {position - start} prompts in a row not one in ten can be used, among them {last}")
+        first = position + sum(missing[: distributed.rank()])
+        mine = range(first, first + missing[distributed.rank()])
+        found += usable(policy, lambda p: example_at(dataset, p, cfg.seed), mine, cfg, left_out)
+        position += sum(missing)
+    return found, position
 
 
 def collect(policy, dataset, cfg, position):
@@ -186,18 +253,13 @@ def collect(policy, dataset, cfg, position):
     """
     quota = len(range(distributed.rank(), cfg.prompts_per_step, distributed.world()))  # this rank's part of Q
     kept, examples, positions, rewards = [], [], [], []
+    left_out = {"prompts_too_long": [], "bad_rows": []}
     sampled = {"reward": 0.0, "groups": 0, "no_signal": 0, "responses": 0, "length": 0, "truncated": 0}
     for round in range(cfg.max_rounds if cfg.has("dapo") else 1):
-        wanted = distributed.gather([quota - len(examples)])  # one number a rank
-        start = position + sum(wanted[: distributed.rank()])
-        mine = range(start, start + wanted[distributed.rank()])
-        position += sum(wanted)
-        if not sum(wanted):
-            break
-        if not mine:
+        found, position = fetch(policy, dataset, cfg, position, quota - len(examples), left_out)
+        if not found:
             continue
-        new = [example_at(dataset, p, cfg.seed) for p in mine]
-        prompts = [encode_checked(policy, example, cfg) for example in new]
+        mine, new, prompts = (list(column) for column in zip(*found))
         sizes = (cfg.group_size, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.responses_at_once)
         rollout = generate(policy, prompts, *sizes, progress=distributed.rank() == 0 and "rollout")
         truths = [example.answer for example in new for _ in range(cfg.group_size)]
@@ -221,6 +283,7 @@ def collect(policy, dataset, cfg, position):
         "reward": count["reward"] / max(1, count["responses"]),
         "no_signal": count["no_signal"] / max(1, count["groups"]),
         "prompts_sampled": count["groups"],
+        **{reason: distributed.total(len(sentences)) for reason, sentences in left_out.items()},
         "response_length": count["length"] / max(1, count["groups"] * cfg.group_size),
         "truncated": count["truncated"] / max(1, count["groups"] * cfg.group_size),
     }

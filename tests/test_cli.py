@@ -24,7 +24,7 @@ ROOT = Path(train.__file__).parent
 SMALL = "--prompts_per_step 2 --group_size 8 --max_new_tokens 8 --steps 2 --test_prompts 2 --eval_prompts 2 --eval_samples 2"
 SMALL = [*SMALL.split(), *"--updates_per_rollout 2 --eval_every 1 --save_every 1".split()]
 
-COLLECTED = {"step", "reward", "no_signal", "prompts_sampled", "response_length", "truncated", "lr", "skipped"}
+COLLECTED = {"step", "reward", "no_signal", "prompts_sampled", "prompts_too_long", "bad_rows", "response_length", "truncated", "lr", "skipped"}
 UPDATED = {"loss", "updates_skipped", "entropy", "clip_fraction", "approx_kl", "gradient_tokens", "grad_norm"}
 MODULATED = {"dependency_mean", "dependency_std", "alpha_min", "alpha_max"}
 TIMES = {"seconds_rollout", "seconds_score", "seconds_update", "seconds_eval"}
