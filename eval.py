@@ -24,8 +24,9 @@ import reward
 import tiny
 from data import INSTRUCTION, load_data
 from model import Policy, load
+from prompts import first_prompt, usable
 from rollout import generate
-from vppo import command_line, first_prompt, option, usable
+from vppo import command_line, option
 
 
 @dataclass

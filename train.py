@@ -33,8 +33,9 @@ from data import example_at, load_splits
 from dryrun import dry_run
 from eval import describe, evaluate
 from model import Policy, load
+from prompts import first_prompt
 from report import curves
-from vppo import Config, check, command_line, first_prompt, train_step
+from vppo import Config, check, command_line, train_step
 
 PATIENCE = 10  # updates in a row without a finite gradient before a run gives up
 # What may differ from config.json when a run is resumed: it changes speed, memory and files, not what is computed.

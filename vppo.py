@@ -10,7 +10,6 @@ The other methods are this one with parts switched off (METHODS). Read dependenc
 
 import argparse
 import math
-import sys
 import time
 from dataclasses import dataclass, field
 
@@ -22,8 +21,9 @@ import dependency
 import distributed
 import loss
 import reward
-from data import INSTRUCTION, example_at
-from model import encode, with_images
+from data import INSTRUCTION
+from model import with_images
+from prompts import fetch
 from rollout import concatenate, generate
 
 # What each method switches on. "dapo" = clip-higher, token-level averaging and dynamic sampling (paper, Appendix B).
@@ -141,6 +141,7 @@ def check(cfg):
             known = ", ".join(str(choice) for choice in allowed if choice)
             raise ValueError(f"--{name} '{getattr(cfg, name)}' is unknown: choose one of {known}")
     rules = [
+        (not (cfg.shard and cfg.text_only == "train"), "--text_only train cannot go with --shard: ranks without images would wait"),
         (0 < cfg.k <= 1, f"--k must be in (0, 1], got {cfg.k}"),
         (cfg.group_size >= 2, f"--group_size must be at least 2 to compare responses, got {cfg.group_size}"),
         (cfg.beta_max is None or cfg.beta_min <= cfg.beta_max, f"--beta_min {cfg.beta_min} exceeds --beta_max {cfg.beta_max}"),
@@ -179,70 +180,6 @@ class Batch:
 # ---------------------------------------------------------------------------------------------------------------------
 # Phase 1: rollout
 # ---------------------------------------------------------------------------------------------------------------------
-class TooLong(ValueError):
-    """A prompt of more than --max_prompt_tokens."""
-
-
-def encode_checked(policy, example, cfg):
-    """`model.encode` with the length limit; ValueError naming the row if it is exceeded or the processor refuses the example."""
-    try:
-        prompt = encode(policy.processor, example, cfg.system_prompt)
-    except (ValueError, TypeError) as error:  # an image 1 x 300, an unpaired surrogate
-        raise ValueError(f"{example.name}: {str(error).removeprefix(f'{example.name}: ')}") from error
-    length = prompt["input_ids"].shape[1]
-    if length > cfg.max_prompt_tokens:
-        raise TooLong(f"{example.name}: prompt of {length} tokens exceeds --max_prompt_tokens {cfg.max_prompt_tokens}")
-    return prompt
-
-
-def usable(policy, get, places, cfg, left_out):
-    """The examples get(i) of some places that make a prompt: [(i, example, prompt)]; `left_out` collects why others do not.
-
-    left_out: {"prompts_too_long": [sentence], "bad_rows": [sentence]}. Over-long prompts are left out as in the paper (Section
-    4); a row that cannot be used is an error, unless --skip_bad_rows leaves it out, too.
-    """
-    found = []
-    for i in places:
-        try:
-            example = get(i)
-            found.append((i, example, encode_checked(policy, example, cfg)))
-        except TooLong as error:
-            left_out["prompts_too_long"].append(str(error))
-        except ValueError as error:
-            if not cfg.skip_bad_rows:
-                raise
-            left_out["bad_rows"].append(str(error))
-            tqdm.write(f"left out: {error}", file=sys.stderr)
-    return found
-
-
-def first_prompt(policy, get, places, cfg):
-    """The prompt of the first place whose example get(i) makes one."""
-    left_out = {"prompts_too_long": [], "bad_rows": []}
-    for i in places:
-        for _, _, prompt in usable(policy, get, [i], cfg, left_out):
-            return prompt
-    raise ValueError(f"none of the first {len(places)} prompts can be used, among them {max(left_out.values(), key=len)[0]}")
-
-
-def fetch(policy, dataset, cfg, position, wanted, left_out):
-    """This rank's next `wanted` prompts, [(position, example, prompt)], and the run's new position, the same on all ranks.
-
-    Those left out are replaced by the next in line: each pass takes as many positions in a row as are missing over all ranks,
-    so which ones a batch is made of does not depend on the number of ranks.
-    """
-    found, start = [], position
-    while sum(missing := distributed.gather([wanted - len(found)])):
-        if position - start > 1000 + 10 * cfg.prompts_per_step:
-            last = distributed.gather([sentence for sentences in left_out.values() for sentence in sentences[-1:]])[-1]
-            raise ValueError(f"of {position - start} prompts in a row not one in ten can be used, among them {last}")
-        first = position + sum(missing[: distributed.rank()])
-        mine = range(first, first + missing[distributed.rank()])
-        found += usable(policy, lambda p: example_at(dataset, p, cfg.seed), mine, cfg, left_out)
-        position += sum(missing)
-    return found, position
-
-
 def collect(policy, dataset, cfg, position):
     """Phase 1: this rank's share of Q prompts with G graded responses each. Returns (Batch or None, new position, metrics).
 

@@ -5,6 +5,7 @@ import torch
 from lab import bench
 from lab.bench import BenchConfig, LivingTensors
 
+import model
 import vppo
 from dependency import score_tokens
 
@@ -43,7 +44,7 @@ def test_scoring_never_holds_a_row_of_logits_for_every_token():
 @pytest.mark.parametrize("number", [1, 6, 64, 1000])
 def test_pictures_have_the_tokens_they_should(number):
     policy = bench.build()
-    prompt = vppo.encode(policy.processor, bench.questions(1, number)[0])
+    prompt = model.encode(policy.processor, bench.questions(1, number)[0])
     assert (prompt["input_ids"] == policy.model.config.image_token_id).sum() == number
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import digits
+import prompts
 import loss
 import vppo
 from model import encode
@@ -225,4 +226,4 @@ def test_config_errors_name_the_flag(field, value, word):
 
 def test_long_prompt_is_an_error_that_names_its_row(raw_policy):
     with pytest.raises(ValueError, match=r"digits val\[0\].*max_prompt_tokens 5"):
-        vppo.encode_checked(raw_policy, digits.Digits("val")[0], Config(max_prompt_tokens=5))
+        prompts.encode_checked(raw_policy, digits.Digits("val")[0], Config(max_prompt_tokens=5))
