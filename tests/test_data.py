@@ -24,7 +24,8 @@ import train
 from data import example_at, load_data, open_image, resize
 from digits import Digits
 from model import encode
-from vppo import Config, fetch, first_prompt, train_step, usable
+from prompts import fetch, first_prompt, usable
+from vppo import Config, train_step
 
 
 @pytest.fixture(scope="module")
