@@ -207,9 +207,9 @@ def picture(results, file):
             error = torch.stack([middle - low, high - middle]).clamp(min=0)
             axes.bar(at, middle, 0.9 * width, yerr=error, capsize=2, label=name)
             if key == MAIN[2]:
-                axes.plot(at, [e[m][MAIN[1]][0] for m in e], "k_", label=None if i else MAIN[1])
+                axes.plot(at, [e[m][MAIN[1]][0] for m in e], "kD", markersize=4, label=None if i else MAIN[1])
         axes.set(xticks=range(len(METHODS)), xticklabels=METHODS, ylabel=key)
-        axes.legend()
+    figure.axes[0].legend()
     figure.savefig(file, dpi=110)
 
 
