@@ -70,8 +70,8 @@ def curve_mean(record):
 def evaluate_rows(rows, records, value):
     """The cells of a table. rows: (label, settings, published, reference); records: {label: [a record per seed]}.
 
-    value(record, label) gives a cell's number. A row's `published` is a number or, where the paper gives none, "<" or ">": which
-    side of the reference row it lies.
+    value(record, label) gives a cell's number. A row's `published` is a number or, where the paper gives none, "<" or ">": on
+    which side of the reference row it lies.
     """
     cells, published = {}, {label: number for label, _, number, _ in rows}
     for label, settings, paper, reference in rows:
