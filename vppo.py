@@ -95,6 +95,8 @@ class Config:
     beta_min: float = option(0.9, "smallest shaping factor")  # Table 9
     beta_max: float | None = option(None, "largest shaping factor; default dynamic, mean alpha = 1")  # Table 9
     soft: bool = option(False, "soft token weights instead of a binary mask")  # Appendix I, Table 6
+    select: str = option("dependency", "the filter keeps tokens of largest dependency or entropy, or random ones")  # Table 4
+    shape: str = option("advantage", "alpha scales the advantage, or the reward it is made from")  # Table 7
     # Phase 4: update
     updates_per_rollout: int = option(2, "optimizer steps per rollout batch")  # Table 9: 3
     lr: float = option(3e-4, "AdamW learning rate")  # ours for 1.6 M weights; Table 9: 1e-6
@@ -132,6 +134,7 @@ def check(cfg):
     """Raise ValueError with one sentence if a field of the config makes no sense."""
     choices = {
         "method": METHODS, "mask": dependency.MASKS, "metric": dependency.METRICS, "mask_per": ("prompt", "rollout"),
+        "select": ("dependency", "entropy", "random"), "shape": ("advantage", "reward"),
         "average": (None, "token", "sequence"), "entropy_form": ("exact", "sampled"), "lr_schedule": ("linear", "constant"),
         "dtype": ("float32", "bfloat16"), "grader": reward.GRADERS,
         "log": ("", "tensorboard"),
@@ -272,9 +275,13 @@ def modulate(batch, cfg):
         batch.alpha[real] = loss.shaping_factors(everyone, cfg.beta_min, cfg.beta_max)[before : before + len(own)]
     batch.token_mask = mask
     if cfg.has("tgf"):
-        batch.token_mask = (loss.soft_filter if cfg.soft else loss.token_filter)(batch.dependency, mask, cfg.k)
+        ranking = torch.rand_like(batch.dependency) if cfg.select == "random" else getattr(batch, cfg.select)
+        batch.token_mask = (loss.soft_filter if cfg.soft else loss.token_filter)(ranking, mask, cfg.k)
     rewards = batch.rewards.to(mask.device)
-    batch.advantages = batch.alpha * loss.group_advantages(rewards, cfg.group_size)  # A' = alpha * A
+    if cfg.shape == "reward":  # Table 7: a group's mean and std are then those of alpha * R
+        batch.advantages = loss.group_advantages(batch.alpha * rewards, cfg.group_size)
+    else:
+        batch.advantages = batch.alpha * loss.group_advantages(rewards, cfg.group_size)  # A' = alpha * A
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +54,37 @@ def test_methods_switch_on_what_they_should(raw_policy, batch, method):
         assert ready.alpha.mean().item() == pytest.approx(1, abs=1e-5) and ready.alpha.min().item() == pytest.approx(0.9)
     if "tgf" in parts:
         assert torch.equal(ready.token_mask.sum(1), loss.kept_count(0.4, mask.sum(1)))
+
+
+def by_hand(rewards=(1.0, 0.0), **fields):
+    """Phase 3 of one group: 2 responses of 5 tokens, S and entropy written down."""
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    batch = Batch(SimpleNamespace(response_mask=mask), [None], [0], torch.tensor(rewards))
+    batch.dependency = torch.tensor([[0.1, 0.9, 0, 0, 0], [0.6, 0, 0, 2.4, 0]])  # mean S 0.2 and 0.6: alpha 0.9 and 1.1
+    batch.entropy = torch.tensor([[0.5, 0, 0, 0.2, 0], [0, 0.3, 0.1, 0, 0]])
+    modulate(batch, Config(group_size=2, **fields))
+    return batch
+
+
+@pytest.mark.parametrize("select, kept", [("dependency", [[0, 1], [0, 3]]), ("entropy", [[0, 3], [1, 2]])])
+def test_select_ranks_tokens_by_what_it_names(select, kept):
+    chosen = by_hand(select=select).token_mask  # ceil(0.4 * 5) = 2 tokens a response
+    assert [row.nonzero()[:, 0].tolist() for row in chosen] == kept
+
+
+def test_select_random_keeps_as_many_anywhere():
+    torch.manual_seed(0)
+    chosen = torch.stack([by_hand(select="random").token_mask for _ in range(500)]).float()  # (500, 2, 5)
+    assert (chosen.sum(2) == 2).all() and (chosen.mean(0) - 0.4).abs().max() < 4 * (0.4 * 0.6 / 500) ** 0.5  # standard errors
+
+
+def test_shape_scales_advantages_or_the_rewards_they_are_made_from():
+    # A = (1, -1) / sqrt(2), for the unbiased std of (1, 0) is 1 / sqrt(2). Reward 1 becomes 0.9: its std shrinks with it.
+    assert by_hand().advantages.tolist() == pytest.approx([0.9 / 2**0.5, -1.1 / 2**0.5], abs=1e-5)
+    assert by_hand(shape="reward").advantages.tolist() == pytest.approx([1 / 2**0.5, -1 / 2**0.5], abs=1e-5)
+    # Two right responses: none is better than the other until alpha makes 0.9 and 1.1 of their rewards.
+    assert by_hand((1.0, 1.0)).advantages.tolist() == [0, 0]
+    assert by_hand((1.0, 1.0), shape="reward").advantages.tolist() == pytest.approx([-1 / 2**0.5, 1 / 2**0.5], abs=1e-5)
 
 
 def test_vppo_with_all_tokens_and_unit_alpha_is_dapo_to_the_bit(raw_policy, batch):

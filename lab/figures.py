@@ -1,0 +1,248 @@
+"""From the records of an experiment to what a person reads: intervals, a table in markdown, a picture.
+
+Intervals are 95 % by Student's t over seeds, the unit of evidence between runs. Comparisons are paired by seed: at one seed
+two methods start from the same weights and draw from the same sequence of prompts; the interval is of their differences.
+"""
+
+import statistics
+
+import numpy as np
+
+# The 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom.
+T975 = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+    2.093,
+)
+STYLES = [("#000000", "-"), ("#d55e00", "--"), ("#56b4e9", "-."), ("#009e73", ":")]  # apart in grey print, too
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+# ---------------------------------------------------------------------------------------------------------------------
+def interval(values):
+    """(mean, half width of its 95 % interval) over seeds; half width None for one seed, both None where a value is missing.
+
+    Example: (1, 2, 3): mean 2, standard deviation 1, half width 4.303 / sqrt(3) = 2.484.
+    """
+    if not values or any(value is None for value in values):
+        return None, None
+    n = len(values)
+    return statistics.mean(values), T975[n - 2] * statistics.stdev(values) / n**0.5 if n > 1 else None
+
+
+def difference(values, reference):
+    """`interval` of the paired differences: both lists in the order of the same seeds."""
+    missing = None in values or None in reference
+    return (None, None) if missing else interval([a - b for a, b in zip(values, reference, strict=True)])
+
+
+def verdict(sign, mean, half):
+    """Whether the published direction (1, -1, 0 for equal, None for none) holds: only an interval without 0 decides."""
+    if sign is None or mean is None:
+        return ""
+    if half is None or abs(mean) <= half:
+        return "undecided"
+    return "holds" if mean * sign > 0 else "does not hold"
+
+
+def curve_mean(record):
+    """The mean over the validation curve in %, which says more than its last point; None for runs that have none."""
+    return 100 * statistics.mean(avg for _, avg in record["curve"]) if record.get("curve") else None
+
+
+def evaluate_rows(rows, records, value):
+    """The cells of a table. rows: (label, settings, published, reference); records: {label: [a record per seed]}.
+
+    value(record, label) gives a cell's number. A row's `published` is a number or, where the paper gives none, "<" or ">": on
+    which side of the reference row it lies.
+    """
+    cells, published = {}, {label: number for label, _, number, _ in rows}
+    for label, settings, paper, reference in rows:
+        mine = records[label]
+        cell = {
+            "label": label,
+            "settings": settings,
+            "published": paper,
+            "values": [value(record, label) for record in mine],
+        }
+        cell |= {
+            "curve_values": [curve_mean(record) for record in mine],
+            "seconds": statistics.mean(r["seconds"] for r in mine),
+        }
+        cell["mean"], cell["half"] = interval(cell["values"])
+        cell["curve"], cell["curve_half"] = interval(cell["curve_values"])
+        cell["within"] = statistics.mean(100 * (r["test_ci"] or 0) for r in mine) if "test_ci" in mine[0] else None
+        cells[label] = cell
+        if reference:
+            sign, gap = {"<": -1, ">": 1}.get(paper), None
+            if isinstance(paper, (int, float)) and isinstance(published[reference], (int, float)):
+                gap = round(paper - published[reference], 3)
+                sign = (gap > 0) - (gap < 0)
+            mean, half = difference(cell["values"], cells[reference]["values"])
+            curve, curve_half = difference(cell["curve_values"], cells[reference]["curve_values"])
+            cell |= {"reference": reference, "difference": mean, "difference_half": half, "curve_difference": curve,
+                     "curve_difference_half": curve_half, "published_difference": gap,
+                     "direction": verdict(sign, mean, half)}  # fmt: skip
+    return list(cells.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Markdown
+# ---------------------------------------------------------------------------------------------------------------------
+def spread(mean, half):
+    """12.3 +- 1.2, with ? for an interval that one seed cannot give; empty where there is nothing."""
+    return "" if mean is None else f"{mean:.4g} +- {'?' if half is None else f'{half:.2g}'}"
+
+
+def grid(head, rows):
+    """A markdown table without the columns that are empty."""
+    full = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    lines = [[head[i] for i in full], ["---"] * len(full), *([row[i] for i in full] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def markdown(result):
+    """The report: where the numbers come from, the cells, the comparisons with the published ones."""
+    cells, unit = result["cells"], result["unit"]
+    text = f"# {result['name']}: {result['title']}\n\n    {result['command']}\n\n"
+    text += f"{result['seeds']} seed(s); 95 % intervals by Student's t over seeds. "
+    text += f"Records made at commit {', '.join(result['commits'])}. "
+    text += f"Base: {result['base']}.\n" + (f"\n{result['note']}\n" if result["note"] else "") + "\n"
+    number = lambda x, form=".4g": x if isinstance(x, str) else "" if x is None else f"{x:{form}}"  # noqa: E731
+    head = ["", unit, "mean over the validation curve", "+- within a run, by prompt", "seconds a run", "paper, 7B"]
+    text += grid(
+        head,
+        [[c["label"], spread(c["mean"], c["half"]), spread(c["curve"], c["curve_half"]),
+          number(c["within"], ".2g"), number(c["seconds"], ".0f"), number(c["published"])] for c in cells],
+    )  # fmt: skip
+    pairs = [c for c in cells if "reference" in c]
+    if pairs:
+        text += "\nPaired by seed:\n\n" + grid(
+            ["", "difference", "over the curve", "paper", "direction of the paper"],
+            [[f"{c['label']} - {c['reference']}", spread(c["difference"], c["difference_half"]),
+              spread(c["curve_difference"], c["curve_difference_half"]),
+              number(c["published_difference"], "+.4g") or (f"{c['published']} 0" if c["published"] else ""),
+              c["direction"]] for c in pairs],
+        )  # fmt: skip
+    for label, sample in result["samples"]:
+        text += f"\n{label}: {sample['problem']} (answer {sample['answer']})\n\n    {sample['response'] or '(empty)'}\n"
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures: functions of (matplotlib figure, result, {label: records})
+# ---------------------------------------------------------------------------------------------------------------------
+def dots(figure, result, records):
+    """A dot and its interval for each row, every seed behind it in grey."""
+    cells = [cell for cell in result["cells"] if cell["mean"] is not None]
+    figure.set_size_inches(7, 1.2 + 0.35 * len(cells))
+    axes = figure.add_subplot()
+    for y, cell in enumerate(cells):
+        axes.plot(cell["values"], [y] * len(cell["values"]), "|", color="#999999")
+        axes.errorbar(cell["mean"], y, xerr=cell["half"] or 0, fmt="o", color="black", capsize=3)
+    axes.set_yticks(range(len(cells)), [cell["label"] for cell in cells])
+    axes.set_ylim(len(cells) - 0.5, -0.5)
+    axes.set_xlabel(f"{result['unit']}, 95 % interval over {result['seeds']} seed(s)")
+
+
+def band(axes, number, label, steps, runs):
+    """The mean of several runs' curves with its interval at every step. runs: a list a seed, None where there is none."""
+    points = [(step, *interval(column)) for step, *column in zip(steps, *runs, strict=True) if None not in column]
+    colour, line = STYLES[number % len(STYLES)]
+    x, mean, half = (np.array([point[i] or 0 for point in points], float) for i in range(3))
+    axes.plot(x, mean, line, color=colour, label=label)
+    axes.fill_between(x, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
+
+
+def curves(figure, result, records):
+    """Validation and training reward by step, a band per method."""
+    figure.set_size_inches(10, 4)
+    left, right = figure.subplots(1, 2)
+    for number, (label, mine) in enumerate(records.items()):
+        band(
+            left, number, label, [step for step, _ in mine[0]["curve"]], [[100 * avg for _, avg in r["curve"]] for r in mine]
+        )
+        rewards = [[100 * value for value in r["metrics"]["reward"]] for r in mine]
+        band(right, number, label, range(1, len(rewards[0]) + 1), rewards)
+    left.set(xlabel="step", ylabel="validation avg@8, %")
+    right.set(xlabel="step", ylabel="reward of sampled responses, %")
+    left.legend(title=f"95 % over {result['seeds']} seed(s)")
+
+
+def entropy(figure, result, records):
+    """Entropy of a token by step, a band per row."""
+    axes = figure.add_subplot()
+    for number, (label, mine) in enumerate(records.items()):
+        band(axes, number, label, range(1, len(mine[0]["metrics"]["entropy"]) + 1), [r["metrics"]["entropy"] for r in mine])
+    axes.set(xlabel="step", ylabel="entropy of a token, nats")
+    axes.legend(title=f"95 % over {result['seeds']} seed(s)")
+
+
+def token_histogram(figure, result, records):
+    """Figure 3: how many tokens have which S, counts on a logarithmic axis."""
+    counts = np.sum([record["S"] for record in next(iter(records.values()))], axis=0)
+    axes = figure.add_subplot()
+    axes.bar(np.arange(len(counts)) * 0.25, counts, 0.24, align="edge", color="#333333")
+    axes.set(yscale="log", xlabel="S of a token, nats (published: about 0 to 10)", ylabel="tokens")
+
+
+def mean_histogram(figure, result, records):
+    """Figure 4: how many responses have which mean S."""
+    axes = figure.add_subplot()
+    axes.hist(sum((record["mean_S"] for record in next(iter(records.values()))), []), 40, color="#333333")
+    axes.axvline(0.09, color="#d55e00", linestyle="--", label="published mean, 0.09")
+    axes.axvspan(0, 0.30, color="#d55e00", alpha=0.1, label="published range, about 0 to 0.30")
+    axes.set(xlabel="mean S of a response, nats", ylabel="responses")
+    axes.legend()
+
+
+def tokens(figure, result, records):
+    """Figure 7: responses to one prompt, tokens shaded by S, those that TGF keeps boxed."""
+    record = next(iter(records.values()))[0]
+    figure.set_size_inches(11, 4.5)
+    axes = figure.add_subplot()
+    axes.set_axis_off()
+    axes.set_title(
+        f"{record['problem']}  shown: {record['digits']}\ndarker: larger S; boxed: kept by the filter", fontsize=9
+    )
+    y = 0
+    for response in record["responses"]:
+        x, y = 0, y - 1.5
+        for word, S, kept in response:
+            if x + len(word) > 120:
+                x, y = 3, y - 1
+            shade = min(1, np.log1p(20 * S) / np.log1p(40))  # 0 at S = 0, 1 from S = 2
+            box = {"facecolor": str(1 - 0.75 * shade), "edgecolor": "black" if kept else "none", "pad": 1.5}
+            axes.text(x, y, word.strip(), family="monospace", fontsize=8, bbox=box, parse_math=False,
+                      color="white" if shade > 0.7 else "black")  # fmt: skip
+            x += len(word.strip()) + 1.5
+    axes.set(xlim=(0, 122), ylim=(y - 1, 0))
+
+
+def draw(picture, result, records, file):
+    """Write the picture, if matplotlib is there."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no {file}: pictures need pip install matplotlib")
+        return
+    figure = Figure(layout="constrained")
+    picture(figure, result, records)
+    figure.savefig(file, dpi=110)

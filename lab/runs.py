@@ -1,0 +1,302 @@
+"""One run of an experiment and its record: what happens in a process of its own, on one core (lab/experiments.py starts it).
+
+    train       a method from the warmed-up model: validation curve, held-out score, the metrics of every step
+    dependency  no training: S of the warmed-up model's responses for every mask and metric; which tokens are read is known
+    overhead    no training: seconds of a DAPO and of a VPPO step, in turn, on the same responses
+
+The record is kept as HASH.json; HASH names what its numbers depend on, settings and code. A run asked for again is found.
+"""
+
+import ast
+import functools
+import hashlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import dependency
+import loss
+import tiny
+import vppo
+from data import load_data
+from eval import evaluate
+from model import Policy, encode, load, with_images
+from rollout import generate
+from train import MAY_CHANGE
+from vppo import Config, check, modulate, train_step
+
+ROOT = Path(__file__).parents[1]
+CODE = (
+    "vppo loss dependency rollout reward model data eval tiny digits lab/runs".split()
+)  # what the numbers come from, and the task
+KEPT = """reward no_signal prompts_sampled response_length truncated entropy clip_fraction grad_norm gradient_tokens
+          dependency_mean alpha_max seconds_rollout seconds_score seconds_update""".split()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+# ---------------------------------------------------------------------------------------------------------------------
+@functools.cache
+def code_hash(task):
+    """Names the code without comments, docstrings and layout, which change no number."""
+    text = ""
+    for name in dict.fromkeys([*CODE, task]):
+        tree = ast.parse((ROOT / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                del node.body[0]
+        text += ast.unparse(tree)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def configure(settings):
+    """Settings -> (kind, variant, Config): Config fields, beside them `kind` (in KINDS) and `variant` (in VARIANTS)."""
+    fields = dict(settings)
+    kind, variant = fields.pop("kind", "train"), fields.pop("variant", "")
+    cfg = Config(**fields)
+    check(cfg)
+    return kind, variant, cfg
+
+
+def identity(settings):
+    """All that a run's numbers depend on: the code, every config field but those that change speed, memory and files."""
+    kind, variant, cfg = configure(settings)
+    fields = {name: value for name, value in asdict(cfg).items() if name not in MAY_CHANGE | {"output"}}
+    return {"kind": kind, "variant": variant, "code": code_hash(cfg.data), **fields}
+
+
+def file_of(settings, folder):
+    """Where the record of a run lies."""
+    text = json.dumps(identity(settings), sort_keys=True)
+    return Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+
+
+def find(settings, folder):
+    """The record of a run with these settings, or None."""
+    file = file_of(settings, folder)
+    record = json.loads(file.read_text()) if file.exists() else None
+    return record if record and record["identity"] == identity(settings) else None
+
+
+def perform(settings, folder):
+    """Make a run and write its record, whole or not at all."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends its runs
+    torch.set_num_threads(1)
+    kind, variant, cfg = configure(settings)
+    vppo.modulate = VARIANTS[variant]
+    start = time.time()
+    result = KINDS[kind](cfg)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    record = {
+        "identity": identity(settings),
+        "commit": commit,
+        "torch": torch.__version__,
+        "seconds": round(time.time() - start, 1),
+    }
+    file = file_of(settings, folder)
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(record | result) + "\n")
+    os.replace(part, file)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Phase 3 as others do it: these replace vppo.modulate in the process of a run
+# ---------------------------------------------------------------------------------------------------------------------
+def official_scope(size, batch, cfg):
+    """TAS as in the official code: min and max of Eq. 5 over one update's share, dynamic beta_max per micro-batch.
+
+    size: responses in a micro-batch, in which mean(alpha) = 1. Of a single response alpha is 1, or beta_min for the minimum.
+    """
+    modulate(batch, cfg)
+    mean = loss.masked_mean(batch.dependency, batch.rollout.response_mask)  # (B,)
+    for update in range(cfg.updates_per_rollout):
+        rows = (
+            torch.arange(len(mean)).reshape(-1, cfg.group_size)[update :: cfg.updates_per_rollout].flatten()
+        )  # as train_step deals
+        batch.alpha[rows] = 1.0
+        if len(rows) and mean[rows].max() - mean[rows].min() > 1e-6:
+            n = (mean[rows] - mean[rows].min()) / (mean[rows].max() - mean[rows].min())
+            for part, share in zip(rows.split(size), n.split(size)):
+                batch.alpha[part] = cfg.beta_min + (1 - cfg.beta_min) * share / share.mean().clamp(min=1e-9)
+    batch.advantages = batch.alpha * loss.group_advantages(batch.rewards, cfg.group_size)
+
+
+def mean_of_selected(batch, cfg):
+    """TAS by the mean S of the tokens that TGF keeps, instead of all."""
+    modulate(batch, cfg)
+    batch.alpha = loss.shaping_factors(loss.masked_mean(batch.dependency, batch.token_mask), cfg.beta_min, cfg.beta_max)
+    batch.advantages = batch.alpha * loss.group_advantages(batch.rewards, cfg.group_size)
+
+
+VARIANTS = {
+    "": modulate,
+    "micro-batches of 8": functools.partial(official_scope, 8),
+    "micro-batches of 1": functools.partial(official_scope, 1),
+    "mean of selected": mean_of_selected,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kinds of run: Config -> what goes into the record
+# ---------------------------------------------------------------------------------------------------------------------
+def weights(model, data):
+    """The folder of the warmed-up model, built if need be."""
+    return tiny.ensure()[0] if model == "tiny" else model
+
+
+def start(cfg):
+    """The policy every run of these settings starts from."""
+    torch.manual_seed(cfg.seed)
+    return Policy(*load(weights(cfg.model, cfg.data)), cfg.temperature, cfg.share_prompt).train()
+
+
+def rounded(value):
+    """Five digits, to keep records small; None stays None."""
+    return None if value is None else float(f"{value:.5g}")
+
+
+def train(cfg):
+    """The loop of train.py without its files: steps, validation at fixed steps, held-out handwriting once, at the end."""
+    policy = start(cfg)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    train_data, val_data, test_data = (load_data(cfg.data, split) for split in ("train", "val", "test"))
+    metrics, curve, position = {name: [] for name in KEPT}, [], 0
+    for step in range(cfg.steps):
+        values, position, _ = train_step(policy, optimizer, train_data, cfg, step, position)
+        for name in KEPT:
+            metrics[name].append(rounded(values.get(name)))
+        if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps):
+            scores, _ = evaluate(policy, val_data, cfg, cfg.eval_prompts, cfg.eval_samples, cfg.seed)
+            curve.append([step + 1, rounded(scores["avg"])])
+    scores, answers = evaluate(policy, test_data, cfg, cfg.test_prompts, cfg.eval_samples, cfg.seed)
+    return {
+        "curve": curve, "test": scores["avg"], "test_ci": scores["avg_ci"], "metrics": metrics,
+        "right": [int(sum(answer["rewards"])) for answer in answers],  # of eval_samples, prompt by prompt
+        "samples": [{"problem": a["problem"], "answer": a["answer"], "response": a["responses"][0]} for a in answers[:3]],
+    }  # fmt: skip
+
+
+def overhead(cfg):
+    """Seconds of DAPO and VPPO steps in turn, the same model (lr 0) and the same responses for both."""
+    policy = start(cfg)
+    optimizer = torch.optim.AdamW(policy.parameters())
+    data, seconds = load_data(cfg.data, "train"), {"dapo": 0.0, "vppo": 0.0}
+    for step in range(cfg.steps + 1):
+        for method in seconds:
+            metrics, *_ = train_step(policy, optimizer, data, replace(cfg, method=method, lr=0.0), step, 1000 * step)
+            if step:  # the first one warms up
+                seconds[method] += (
+                    sum(metrics.get(f"seconds_{phase}", 0) for phase in ("rollout", "score", "update")) / cfg.steps
+                )
+    labels = {"DAPO, seconds a step": seconds["dapo"], "VPPO, seconds a step": seconds["vppo"]}
+    return {"values": labels | {"VPPO over DAPO, %": 100 * (seconds["vppo"] / seconds["dapo"] - 1)}}
+
+
+def token_kind(task, word):
+    """What a token of a laptop task's response is; `task` is its module."""
+    word = word.strip()
+    kinds = {"positions": "top middle bottom", "relations": "larger smaller equal yes no", "operators": "+ - = gives makes"}
+    if task.is_reading(word):
+        return "digits read"
+    return next(
+        (kind for kind, words in kinds.items() if word in words.split()),
+        "numbers" if word.lstrip("-").isdigit() else "fillers",
+    )
+
+
+def ranks(values):
+    """Ranks from 1, ties shared: (10, 20, 20, 30) -> (1, 2.5, 2.5, 4)."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[place]
+
+
+def roc_area(values, positive):
+    """Area under the ROC curve: how often a positive's value lies above a negative's, ties counting half."""
+    n = positive.sum()
+    return (ranks(values)[positive].sum() - n * (n + 1) / 2) / (n * (len(values) - n))
+
+
+@torch.no_grad()
+def measure_dependency(cfg, draws=8):
+    """S of cfg.eval_prompts validation prompts x G responses of the warmed-up model, for every mask and metric.
+
+    One draw of the random masks serves all responses of a prompt ("prompt"), response g has draw g for itself ("rollout"),
+    or S is the mean over the draws. Another seed takes other prompts.
+    """
+    policy = start(cfg).eval()
+    data, task = load_data(cfg.data, "val"), importlib.import_module(cfg.data)
+    numbers = [(cfg.seed * cfg.eval_prompts + i) % len(data) for i in range(cfg.eval_prompts)]
+    examples = [data[number] for number in numbers]
+    prompts = [encode(policy.processor, example) for example in examples]
+    rollout = generate(policy, prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature, cfg.top_p)
+    mask, ids = rollout.response_mask, rollout.response_ids
+    words = [policy.processor.tokenizer.decode([i]) for i in ids[mask]]  # the N response tokens, response after response
+    kinds = np.array([token_kind(task, word) for word in words])
+    response = mask.nonzero()[:, 0]  # (N,)
+
+    def logits(prompts):
+        """(N, V) at the response tokens, given the prompts with true or masked images."""
+        pieces = rollout.micro_batches(cfg.tokens_per_batch)
+        return torch.cat(
+            [
+                policy.logits(policy.states([prompts[q] for q in qs], ids[rows], mask[rows])[mask[rows]])
+                for qs, rows in pieces
+            ]
+        )
+
+    true, S = logits(prompts), {}  # S[mask, metric]: (draws, N)
+    for name in dependency.MASKS:
+        drawn = {metric: [] for metric in dependency.METRICS}
+        for draw in range(draws if name in ("blacken", "noise") else 1):
+            images = [
+                dependency.mask_images(e.images, name, [cfg.seed, number, draw]) for e, number in zip(examples, numbers)
+            ]
+            masked = logits([with_images(policy.processor, prompt, image) for prompt, image in zip(prompts, images)])
+            for metric, function in dependency.METRICS.items():
+                drawn[metric].append(function(true, masked, ids[mask]))
+        S |= {(name, metric): torch.stack(values) for metric, values in drawn.items()}
+
+    values = {}
+    for (name, metric), drawn in S.items():
+        ways = {"prompt": drawn[0]}
+        if len(drawn) > 1:
+            ways |= {
+                "rollout": drawn[response % cfg.group_size % draws, torch.arange(len(response))],
+                f"mean of {draws}": drawn.mean(0),
+            }
+        values |= {f"{name}, {metric}, {way}": roc_area(s.numpy(), kinds == "digits read") for way, s in ways.items()}
+    exact, estimate = (S["blacken", metric][0] for metric in ("kl", "k3"))
+    padded = [torch.zeros(mask.shape).masked_scatter(mask, s) for s in (exact, estimate)]
+    kept, also = (loss.token_filter(s, mask, cfg.k) for s in padded)
+    mean = loss.masked_mean(padded[0], mask)
+    values |= {
+        "k3 and kl: rank correlation": np.corrcoef(ranks(exact.numpy()), ranks(estimate.numpy()))[0, 1],
+        f"k3 and kl: overlap of the top {cfg.k:.0%}": (kept & also).sum() / kept.sum(),
+        "largest S": exact.max(), "share of tokens with S > 0.05": (exact > 0.05).float().mean(),
+        "mean": mean.mean(), "largest": mean.max(), "skewness": ((mean - mean.mean()) / mean.std()).pow(3).mean(),
+    }  # fmt: skip
+    for kind in np.unique(kinds):
+        chosen = torch.tensor(kinds == kind)
+        values |= {f"S, {kind}": exact[chosen].mean(), f"kept, {kind}": kept[mask][chosen].float().mean()}
+    tokens = list(zip(words, map(rounded, exact.tolist()), kept[mask].tolist()))
+    starts = torch.searchsorted(response, torch.arange(7)).tolist()
+    return {
+        "values": {label: rounded(float(value)) for label, value in values.items()},
+        "S": np.histogram(exact.numpy(), np.arange(0, 10.25, 0.25))[0].tolist(),  # counts, bins of 0.25 nats
+        "mean_S": [rounded(value) for value in mean.tolist()],
+        "responses": [tokens[a:b] for a, b in zip(starts, starts[1:])],  # of the first prompt: (token, S, kept)
+        "problem": examples[0].problem, "digits": str(examples[0].digits),
+    }  # fmt: skip
+
+
+KINDS = {"train": train, "overhead": overhead, "dependency": measure_dependency}

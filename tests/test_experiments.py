@@ -1,0 +1,242 @@
+"""lab/experiments.py: intervals and pairing by hand, records kept and found again, and two experiments from end to end."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from lab import experiments, figures, runs
+from lab.experiments import TABLES, Flags
+
+import train
+from vppo import Batch, Config
+
+QUICK = ["--quick", "--data", "digits", "--jobs", "1"]
+FLAGS = Flags(data="digits", quick=True, output="nowhere")
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch):
+    """The processes of runs get theirs through os.environ: put back what was there."""
+    monkeypatch.chdir(runs.ROOT)
+    for name in ("OMP_NUM_THREADS", "TQDM_DISABLE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "1")
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+def test_interval_by_hand():
+    assert figures.interval([1, 2, 3]) == (2, pytest.approx(4.303 / 3**0.5))  # standard deviation 1
+    assert figures.interval([0, 2]) == (1, pytest.approx(12.706))  # standard deviation sqrt(2), over sqrt(2)
+    assert figures.interval([5.0]) == (5, None) and figures.interval([1, None]) == figures.interval([]) == (None, None)
+
+
+@pytest.mark.parametrize("freedom", range(1, 20))
+def test_quantiles_are_students(freedom):
+    # Its density is proportional to (1 + x^2 / f)^(-(f + 1) / 2); with x = sqrt(f) tan(a) to cos(a)^(f - 1) da.
+    angle = np.linspace(0, np.pi / 2, 200_001)
+    mass = np.cos(angle) ** (freedom - 1)
+    inside = angle <= np.arctan(figures.T975[freedom - 1] / freedom**0.5)
+    assert mass[inside].sum() / mass.sum() == pytest.approx(0.95, abs=2e-4)
+
+
+def test_pairing_sees_what_the_spread_over_seeds_hides():
+    a, b = [10.0, 20.0, 30.0], [11.0, 21.5, 31.5]  # differences 1, 1.5, 1.5: mean 4/3, standard deviation 0.2887
+    mean, half = figures.difference(b, a)
+    assert mean == pytest.approx(4 / 3) and half == pytest.approx(4.303 * 0.288675 / 3**0.5)
+    assert figures.verdict(1, mean, half) == "holds"
+    assert figures.difference(b[::-1], a)[1] > 20  # other seeds beside each other: nothing to be seen
+    with pytest.raises(ValueError):
+        figures.difference(a, b[:2])
+
+
+def test_verdicts():
+    cases = {(1, 2.0, 1.0): "holds", (-1, -2.0, 1.0): "holds", (1, -2.0, 1.0): "does not hold",
+             (0, 2.0, 1.0): "does not hold", (1, 2.0, 3.0): "undecided", (1, 2.0, None): "undecided",
+             (0, 0.0, 0.0): "undecided", (None, 2.0, 1.0): ""}  # fmt: skip
+    assert {case: figures.verdict(*case) for case in cases} == cases
+
+
+def trained(test, curve, seconds=60.0):
+    """What evaluate_rows reads of a record."""
+    return {"test": test, "test_ci": 0.02, "curve": curve, "seconds": seconds}
+
+
+def test_rows_compare_with_their_reference():
+    records = {"a": [trained(0.50, [[5, 0.2], [10, 0.4]]), trained(0.60, [[5, 0.3], [10, 0.5]])],
+               "b": [trained(0.52, [[5, 0.4], [10, 0.6]]), trained(0.62, [[5, 0.5], [10, 0.7]])]}  # fmt: skip
+    rows = [("a", {}, 55.0, None), ("b", {}, 57.5, "a")]
+    a, b = figures.evaluate_rows(rows, records, TABLES["table1"].value)
+    assert a["mean"] == pytest.approx(55) and a["half"] == pytest.approx(12.706 * 5) and a["curve"] == pytest.approx(35)
+    assert a["within"] == pytest.approx(2) and "difference" not in a
+    assert b["difference"] == pytest.approx(2) and b["difference_half"] == pytest.approx(0, abs=1e-9)
+    assert b["curve_difference"] == pytest.approx(20) and b["published_difference"] == 2.5 and b["direction"] == "holds"
+    worse = figures.evaluate_rows([rows[0], ("b", {}, "<", "a")], records, TABLES["table1"].value)[1]
+    assert worse["direction"] == "does not hold" and worse["published_difference"] is None
+
+
+def test_ranks_and_roc_area():
+    assert runs.ranks(np.array([20, 10, 30, 20])).tolist() == [2.5, 1, 4, 2.5]
+    # Positives 3 and 1 against negatives 2 and 1: wins 3>2, 3>1, half for 1=1, none for 1<2: 2.5 of 4.
+    assert runs.roc_area(np.array([3, 1, 2, 1]), np.array([True, True, False, False])) == 2.5 / 4
+
+
+# --- variants of phase 3 ---------------------------------------------------------------------------------------------
+def modulated(variant, updates=1):
+    """alpha of 4 responses of 2 tokens whose mean S are 0, 0.1, 0.2 and 0.4."""
+    mask = torch.ones(4, 2, dtype=torch.bool)
+    batch = Batch(SimpleNamespace(response_mask=mask), [None] * 2, [0, 1], torch.tensor([1.0, 0, 1, 0]))
+    batch.dependency = torch.tensor([[0, 0], [0.2, 0], [0.1, 0.3], [0.6, 0.2]])
+    runs.VARIANTS[variant](batch, Config(group_size=2, prompts_per_step=2, updates_per_rollout=updates))
+    assert torch.allclose(batch.advantages, batch.alpha * torch.tensor([1, -1, 1, -1]) / 2**0.5, atol=1e-5)
+    return batch.alpha.tolist()
+
+
+def test_scope_of_the_official_code(monkeypatch):
+    # n = 0, 1/4, 1/2, 1. One micro-batch: mean n 7/16; of two: means 1/8 and 3/4; of one: n / n = 1, or the minimum.
+    assert modulated("micro-batches of 8") == pytest.approx([0.9, 0.9 + 0.4 / 7, 0.9 + 0.8 / 7, 0.9 + 1.6 / 7])
+    monkeypatch.setitem(runs.VARIANTS, "of 2", lambda *words: runs.official_scope(2, *words))
+    assert modulated("of 2") == pytest.approx([0.9, 1.1, 0.9 + 0.2 / 3, 0.9 + 0.4 / 3])
+    assert modulated("micro-batches of 1") == pytest.approx([0.9, 1, 1, 1])
+    assert modulated("micro-batches of 1", updates=2) == pytest.approx([0.9, 1, 0.9, 1])  # a minimum in each update's share
+
+
+def test_mean_over_the_kept_tokens():
+    # ceil(0.4 * 2) = 1 token is kept: S = 0, 0.2, 0.3, 0.6, so n = 0, 1/3, 1/2, 1 with mean 11/24.
+    assert modulated("mean of selected") == pytest.approx([0.9, 0.9 + 0.8 / 11, 0.9 + 1.2 / 11, 0.9 + 2.4 / 11])
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_whole(name):
+    labels = [label for label, *_ in TABLES[name].rows]
+    assert len(set(labels)) == len(labels) and TABLES[name].seeds >= 3
+    for i, (_, overrides, _, reference) in enumerate(TABLES[name].rows):
+        assert reference is None or reference in labels[:i]
+    for flags in (FLAGS, replace(FLAGS, quick=False)):
+        for settings in sum(experiments.runs_of(name, flags).values(), []):
+            assert runs.configure(settings)[0] in runs.KINDS and settings.get("variant", "") in runs.VARIANTS
+
+
+def test_what_one_core_can_do(capsys):
+    experiments.main(["--list", "--data", "digits"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:-1]] == list(TABLES)
+    assert int(lines[-1].split()[1]) < sum(int(line.split()[1]) for line in lines[1:-1])  # shared runs count once
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [("table99", "table99"), ("", "name ''"), ("table2 --data maps", "--data"), ("table2 --seeds 21", "--seeds")],
+)
+def test_bad_flags(flags, word):
+    with pytest.raises(ValueError, match=word):
+        experiments.main(flags.split())
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+def test_a_record_belongs_to_its_settings_and_code(tmp_path, monkeypatch):
+    settings = {"data": "digits", "steps": 3}
+    file = runs.file_of(settings, tmp_path)
+    assert file == runs.file_of(
+        settings | {"method": "vppo", "tokens_per_batch": 99, "output": "x"}, tmp_path
+    )  # no other numbers
+    for other in ({"lr": 1e-4}, {"seed": 1}, {"variant": "mean of selected"}, {"kind": "overhead"}, {"beta_max": 1.1}):
+        assert runs.file_of(settings | other, tmp_path) != file
+    assert runs.find(settings, tmp_path) is None
+    file.write_text(json.dumps({"identity": runs.identity(settings | {"lr": 1e-4})}))  # a file that has another's name
+    assert runs.find(settings, tmp_path) is None
+    file.write_text(json.dumps({"identity": runs.identity(settings)}))
+    assert runs.find(settings, tmp_path)
+    monkeypatch.setattr(runs, "code_hash", lambda task: "other code")
+    assert runs.find(settings, tmp_path) is None
+
+
+def test_comments_change_no_hash_and_numbers_do(tmp_path, monkeypatch):
+    for name in [*runs.CODE]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text((runs.ROOT / f"{name}.py").read_text())
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    names = []
+    for old, new in (("", ""), ("# ", "#  "), ('"""Phases', '"""New'), ("eps=1e-6", "eps=1e-5")):
+        text = (tmp_path / "loss.py").read_text()
+        assert old in text
+        (tmp_path / "loss.py").write_text(text.replace(old, new))
+        names.append(runs.code_hash.__wrapped__("digits"))
+    assert names[0] == names[1] == names[2] != names[3]
+
+
+def doomed(settings, folder):
+    """A run that takes no time; seed 1 is killed."""
+    if settings["seed"] == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    (Path(folder) / f"{settings['seed']}.json").write_text("{}")
+
+
+def test_a_killed_run_loses_only_itself(tmp_path):
+    failed = experiments.run_all([{"seed": seed} for seed in range(4)], tmp_path, jobs=2, target=doomed)
+    assert failed == [{"seed": 1}] and sorted(file.stem for file in tmp_path.iterdir()) == ["0", "2", "3"]
+
+
+# --- end to end ------------------------------------------------------------------------------------------------------
+def test_two_experiments_and_their_records(tiny_folder, tmp_path, monkeypatch, capsys):
+    flags = [*QUICK, "--output", str(tmp_path)]
+    experiments.main(["table6", "figure7", *flags])
+    out = capsys.readouterr().out
+    assert "table6: 2 runs, 2 to do" in out and "figure7: 1 runs, 1 to do" in out and "| soft - binary |" in out
+    result = json.loads((tmp_path / "table6-digits.json").read_text())
+    assert [cell["label"] for cell in result["cells"]] == ["binary", "soft"] and (tmp_path / "figure7-digits.md").exists()
+    records = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()}
+    assert len(records) == 3 and all((tmp_path / "runs" / name).stat().st_size < 40_000 for name in records)
+
+    # Again: nothing is run. A table that shares a run: only the rest. A record that is gone: only that one.
+    begun = []
+    monkeypatch.setattr(experiments, "run_all", lambda todo, *_: begun.append(todo) or [])
+    experiments.main(["table6", *flags])
+    assert begun == [[]] and {file.name: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()} == records
+    shared = experiments.distinct([experiments.runs_of("table7", replace(FLAGS, output=str(tmp_path)))], tmp_path / "runs")
+    assert [settings.get("shape") for file, settings in shared.items() if not file.exists()] == ["reward"]
+    (tmp_path / "runs" / result["records"][0]).unlink()
+    monkeypatch.setattr(experiments, "run_all", lambda todo, *_: todo)
+    with pytest.raises(ValueError, match="1 of 1 runs failed"):
+        experiments.main(["table6", *flags])
+
+
+def test_a_run_is_train_py_s(tiny_folder, tmp_path):
+    fields = {
+        "data": "digits",
+        "model": tiny_folder,
+        "steps": 2,
+        "prompts_per_step": 4,
+        "eval_every": 1,
+        "eval_prompts": 4,
+        "eval_samples": 2,
+    }
+    ours = runs.train(Config(**fields, test_prompts=4))
+    words = [f"--{name}={value}" for name, value in fields.items()]
+    train.main([*words, "--test_prompts=0", "--save_every=0", f"--output={tmp_path / 'run'}"])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("reward", "entropy", "grad_norm", "dependency_mean"):
+        assert ours["metrics"][name] == pytest.approx([line[name] for line in lines], rel=1e-4)
+    assert ours["curve"] == [[line["step"], pytest.approx(line["val_avg"], rel=1e-4)] for line in lines]
+    assert len(ours["right"]) == 4 and sum(ours["right"]) / 8 == ours["test"]
+
+
+def test_pictures(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    record = {"curve": [[1, 0.2], [2, 0.4]], "metrics": {"reward": [0.1, 0.3], "entropy": [0.5, None]},
+              "S": [9, 1, 0], "mean_S": [0.1, 0.2], "problem": "?", "digits": "",
+              "responses": [[["a ", 0.1, True], [" $b_$", 2.0, False]]]}  # fmt: skip
+    other = record | {"curve": [[1, 0.4], [2, 0.8]]}
+    result = {"seeds": 2, "unit": "x", "cells": [{"label": "a", "mean": 1.0, "half": None, "values": [1.0]}]}
+    for picture in {table.picture for table in TABLES.values()}:
+        figures.draw(picture, result, {"a": [record, other], "b": [other, other]}, tmp_path / "picture.png")
+        assert (tmp_path / "picture.png").stat().st_size > 3000
+        (tmp_path / "picture.png").unlink()
+    drawn = figure()
+    figures.curves(drawn, result, {"a": [record, other]})
+    assert drawn.axes[0].lines[0].get_ydata().tolist() == pytest.approx([30, 60])
