@@ -35,7 +35,7 @@ from vppo import Config, check, modulate, train_step
 
 ROOT = Path(__file__).parents[1]
 CODE = (
-    "vppo loss dependency rollout reward model data eval tiny digits lab/runs".split()
+    "vppo loss dependency rollout reward model data prompts eval tiny digits lab/runs".split()
 )  # what the numbers come from, and the task
 KEPT = """reward no_signal prompts_sampled response_length truncated entropy clip_fraction grad_norm gradient_tokens
           dependency_mean alpha_max seconds_rollout seconds_score seconds_update""".split()
@@ -169,7 +169,7 @@ def train(cfg):
     """The loop of train.py without its files: steps, validation at fixed steps, held-out handwriting once, at the end."""
     policy = start(cfg)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    train_data, val_data, test_data = (load_data(cfg.data, split) for split in ("train", "val", "test"))
+    train_data, val_data, test_data = (load_data(cfg.data, split, cfg) for split in ("train", "val", "test"))
     metrics, curve, position = {name: [] for name in KEPT}, [], 0
     for step in range(cfg.steps):
         values, position, _ = train_step(policy, optimizer, train_data, cfg, step, position)
@@ -190,7 +190,7 @@ def overhead(cfg):
     """Seconds of DAPO and VPPO steps in turn, the same model (lr 0) and the same responses for both."""
     policy = start(cfg)
     optimizer = torch.optim.AdamW(policy.parameters())
-    data, seconds = load_data(cfg.data, "train"), {"dapo": 0.0, "vppo": 0.0}
+    data, seconds = load_data(cfg.data, "train", cfg), {"dapo": 0.0, "vppo": 0.0}
     for step in range(cfg.steps + 1):
         for method in seconds:
             metrics, *_ = train_step(policy, optimizer, data, replace(cfg, method=method, lr=0.0), step, 1000 * step)
@@ -234,7 +234,7 @@ def measure_dependency(cfg, draws=8):
     or S is the mean over the draws. Another seed takes other prompts.
     """
     policy = start(cfg).eval()
-    data, task = load_data(cfg.data, "val"), importlib.import_module(cfg.data)
+    data, task = load_data(cfg.data, "val", cfg), importlib.import_module(cfg.data)
     numbers = [(cfg.seed * cfg.eval_prompts + i) % len(data) for i in range(cfg.eval_prompts)]
     examples = [data[number] for number in numbers]
     prompts = [encode(policy.processor, example) for example in examples]
