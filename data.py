@@ -281,6 +281,14 @@ def choose(splits, split, name, own):
     return found[0] if found else None
 
 
+def check_rows(cfg):
+    """Raise ValueError with one sentence if a flag on rows, of a Config or EvalConfig, makes no sense."""
+    if cfg.text_only not in ("refuse", "train"):
+        raise ValueError(f"--text_only '{cfg.text_only}' is unknown: choose one of refuse, train")
+    if cfg.min_pixels < 0 or cfg.max_pixels < 0 or 0 < cfg.max_pixels < cfg.min_pixels:
+        raise ValueError(f"--min_pixels {cfg.min_pixels} and --max_pixels {cfg.max_pixels} are no range: 0 is no limit")
+
+
 def load_data(name, split, cfg, first=None, own=False):
     """A sequence of Examples; None where the data set has no such split, for there is nothing to evaluate on.
 
@@ -290,10 +298,6 @@ def load_data(name, split, cfg, first=None, own=False):
 
     Raises ValueError, ImportError or OSError of one sentence for what cannot be read.
     """
-    if cfg.text_only not in ("refuse", "train"):
-        raise ValueError(f"--text_only '{cfg.text_only}' is unknown: choose one of refuse, train")
-    if cfg.min_pixels < 0 or cfg.max_pixels < 0 or 0 < cfg.max_pixels < cfg.min_pixels:
-        raise ValueError(f"--min_pixels {cfg.min_pixels} and --max_pixels {cfg.max_pixels} are no range: 0 is no limit")
     if name == "digits":
         from digits import Digits  # which needs Example from here
 
@@ -317,14 +321,16 @@ def load_data(name, split, cfg, first=None, own=False):
     return read_tables(name, split, cfg, first, own)
 
 
-def load_splits(cfg):
-    """A run's data for training, validation and test; None for what it does not use or have."""
-    train_data, val_data, test_data = load_data(cfg.data, "train", cfg), None, None
-    if cfg.eval_every:
-        val_data = load_data(cfg.val_data or cfg.data, "val", cfg, cfg.eval_prompts, own=bool(cfg.val_data))
-    if cfg.test_prompts:
-        test_data = load_data(cfg.test_data or cfg.data, "test", cfg, cfg.test_prompts, own=bool(cfg.test_data))
-    return train_data, val_data, test_data
+def sources(cfg):
+    """What a run reads for training, validation and test: load_data's (name, split, first, own); None for what it does not use."""
+    val = (cfg.val_data or cfg.data, "val", cfg.eval_prompts, bool(cfg.val_data)) if cfg.eval_every else None
+    test = (cfg.test_data or cfg.data, "test", cfg.test_prompts, bool(cfg.test_data)) if cfg.test_prompts else None
+    return [(cfg.data, "train", None, False), val, test]
+
+
+def load_source(source, cfg):
+    """The data set of one of the `sources`."""
+    return load_data(*source[:2], cfg, *source[2:]) if source else None
 
 
 def example_at(dataset, position, seed):

@@ -16,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen3VLConfig
 
 import tiny
-from data import load_splits
+from data import load_source, sources
 from memory import DIGITS, MODELS, count_parameters, memory_per_gpu, qwen
 
 CARD = 80e9  # bytes of the paper's GPUs: 74.5 GiB
@@ -96,11 +96,10 @@ def dry_run(cfg, folder):
     if cfg.prompts_per_step < ranks:
         raise ValueError(f"--prompts_per_step {cfg.prompts_per_step} must be at least the number of ranks, {ranks}")
     config, source = dimensions(cfg.model)
-    from_hub = cfg.data != "digits" and is_hub_id(cfg.data)
-    if from_hub:
-        rows = ROWS.get(cfg.data)
-    else:  # every row is checked, as a run would
-        rows = load_splits(cfg)[0].length  # None: a stream
+    used = [source for source in sources(cfg) if source]
+    hub = list(dict.fromkeys(name for name, *_ in used if is_hub_id(name)))
+    here = {source[1]: load_source(source, cfg) for source in used if source[0] not in hub}  # every row is checked, as a run would
+    rows = here["train"].length if "train" in here else ROWS.get(cfg.data)  # None: a stream, or not known
 
     print(f"{cfg.method}: {cfg.model} on {cfg.data}, output in {folder}\n\nfields that differ from their defaults:")
     different = [field for field in fields(cfg) if getattr(cfg, field.name) != field.default]
@@ -115,8 +114,8 @@ def dry_run(cfg, folder):
     if cfg.has("dapo"):
         most = prompts * cfg.max_rounds
         print(f"         dynamic sampling of up to {cfg.max_rounds} rounds: up to {most:,} prompts{epochs(most, rows)}")
-    print(f"data     {cfg.data}: {'from the hub, unless it is cached' if from_hub else 'here, nothing to download'}")
-    needed = {"datasets": from_hub, "math_verify": cfg.grader == "math-verify", "tensorboard": cfg.log}
+    print(f"data     {', '.join(hub)}: from the hub, unless cached" if hub else f"data     {cfg.data}: here, nothing to download")
+    needed = {"datasets": bool(hub), "math_verify": cfg.grader == "math-verify", "tensorboard": cfg.log}
     missing = [name.replace("_", "-") for name, use in needed.items() if use and not importlib.util.find_spec(name)]
     if missing:
         print(f"missing  on this machine: pip install {' '.join(missing)}")

@@ -12,6 +12,7 @@ The intervals are clustered by prompt: the k answers to one prompt are no indepe
 """
 
 import json
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import distributed
 import report
 import reward
 import tiny
-from data import INSTRUCTION, load_data
+from data import INSTRUCTION, check_rows, load_data
 from model import Policy, load
 from prompts import first_prompt, usable
 from rollout import generate
@@ -55,6 +56,7 @@ class EvalConfig:
     streaming: bool = option(False, "read the first rows of tables without downloading the others")
     grader: str = option("exact", "exact or math-verify")
     responses_at_once: int = option(1024, "responses in one call of generate: memory")
+    dtype: str = option("float32", "float32 or bfloat16: of computing")
     seed: int = option(0, "of sampling")
     output: str = option("", "folder for responses.jsonl and eval.json; default MODEL/eval-DATA-SPLIT or runs/eval-...")
     report: str = option("", "also write this HTML page: what each token of the first few examples owes to the image")
@@ -146,6 +148,9 @@ def main(argv=None):
     if cfg.samples < 1 or cfg.prompts < 0 or cfg.max_new_tokens < 1 or cfg.temperature <= 0 or not 0 < cfg.top_p <= 1:
         others = "--prompts not be negative, --temperature be positive and --top_p be in (0, 1]"
         raise ValueError(f"--samples must be at least 1, --max_new_tokens too, {others}")
+    if cfg.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype '{cfg.dtype}' is unknown: choose one of float32, bfloat16")
+    check_rows(cfg)
     copy = "" if cfg.data == EvalConfig.data else cfg.data
     pixels = cfg.min_pixels, cfg.max_pixels
     sets = {name: benchmarks.load(name, copy, cfg.instruction, pixels) for name in benchmarks.named(cfg.benchmark)}
@@ -153,7 +158,7 @@ def main(argv=None):
     device = distributed.start()
     folder = tiny.ensure()[0] if cfg.model == "tiny" and distributed.rank() == 0 else cfg.model
     folder = distributed.gather([folder])[0]
-    policy = Policy(*load(folder, device), cfg.temperature)
+    policy = Policy(*load(folder, device), cfg.temperature, dtype=cfg.dtype)
     policy.check_sharing(first_prompt(policy, dataset.__getitem__, range(len(dataset)), cfg))
     base = Path(cfg.model) if Path(cfg.model).is_dir() else Path("runs")
     output = Path(cfg.output or base / ("eval-benchmarks" if sets else f"eval-{Path(cfg.data).name}-{cfg.split}"))
@@ -193,9 +198,19 @@ def measure(policy, dataset, cfg, output):
     return result
 
 
-if __name__ == "__main__":
+def run(main, name, memory_flags):
+    """Run a script's main function and end the process: errors that the user can do something about as one sentence."""
     try:
         main()
+    except torch.OutOfMemoryError as error:
+        distributed.leave(f"{name}: out of memory: lower {memory_flags} ({str(error).splitlines()[0]})")
     except (ValueError, ImportError, OSError) as error:
-        distributed.leave(f"eval.py: {error}")
+        distributed.leave(f"{name}: {error}")
+    except Exception:  # among them what a rank sees when another has died
+        traceback.print_exc()
+        distributed.leave(f"{name}: stopped by the error above")
     distributed.leave()
+
+
+if __name__ == "__main__":
+    run(main, "eval.py", "--responses_at_once, or add --dtype bfloat16")

@@ -100,7 +100,7 @@ def encode(processor, example, system=""):
     """One example as one prompt: the processor's tensors, not padded.
 
     `<image>` in the problem marks where an image goes; without a marker the images come first. Raises ValueError if markers
-    and images do not match, or if the model's chat template does not take the messages.
+    and images do not match, OSError if the model has no chat template or it does not take the messages.
     """
     images = example.images
     pieces = example.problem.split("<image>")
@@ -117,11 +117,11 @@ def encode(processor, example, system=""):
     tokenizer = processor.tokenizer
     template = processor.chat_template or tokenizer.chat_template
     if not template:
-        raise ValueError("the model has no chat template: take an instruction-tuned one")
+        raise OSError("the model has no chat template: take an instruction-tuned one")
     try:
         text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
-        raise ValueError(f"the model's chat template refuses the messages ({error}): try --system_prompt ''") from error
+        raise OSError(f"the model's chat template refuses the messages ({error}): try --system_prompt ''") from error
     # Templates write the beginning-of-sequence token themselves; a tokenizer that adds one would make it two.
     special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
     return dict(processor(text=[text], images=[images] if images else None, return_tensors="pt", add_special_tokens=special))
@@ -244,8 +244,9 @@ class Policy(nn.Module):
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         model.generation_config = neutral_generation_config(self)
         # Most heads are a matrix product; some scale or cap their logits, which only the model's own forward pass knows.
-        layers = getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"]
-        self.can_pack = set(layers) == {"full_attention"}  # a mask of one's own would overrule a sliding window
+        text = model.config.get_text_config()  # a mask of one's own would overrule a sliding window
+        layers = getattr(text, "layer_types", None) or ["sliding" if getattr(text, "sliding_window", None) else "full_attention"]
+        self.can_pack = set(layers) == {"full_attention"}
         head = model.get_output_embeddings()
         with torch.no_grad():
             probe = torch.linspace(-3, 3, head.weight.shape[1]).to(head.weight)[None]
@@ -366,8 +367,9 @@ class Policy(nn.Module):
         """
         was_training, limit = self.training, 1e-3 if self.compute_dtype == torch.float32 else 0.05
         self.eval()
-        ids = torch.full((2, 4), self.eos_ids[0], device=self.device)  # any tokens do, if they are two different rows
-        ids[1, ::2] = self.pad_id
+        words = [i for i in prompt["input_ids"].unique().tolist() if i not in self.forbidden]
+        ids = torch.full((2, 4), words[0], device=self.device)  # any tokens do, if they are two different rows
+        ids[1, ::2] = words[-1]
         plain, notes, good = None, [], {}
         for path in ("plain", "cache", "packed"):
             try:

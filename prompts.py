@@ -51,11 +51,17 @@ def usable(policy, get, places, cfg, left_out):
 
 
 def first_prompt(policy, get, places, cfg):
-    """The prompt of the first place whose example get(i) makes one."""
-    left_out = {"prompts_too_long": [], "bad_rows": []}
-    for i in places:
-        for _, _, prompt in usable(policy, get, [i], cfg, left_out):
-            return prompt
+    """The prompt of the first place whose example get(i) makes one; with an image, if any of the first few has one."""
+    left_out, text = {"prompts_too_long": [], "bad_rows": []}, None
+    for number, i in enumerate(places):
+        for _, example, prompt in usable(policy, get, [i], cfg, left_out):
+            if example.images:
+                return prompt
+            text = text or prompt
+        if text and number > 100:
+            break
+    if text:
+        return text
     raise ValueError(f"none of the first {len(places)} prompts can be used, among them {max(left_out.values(), key=len)[0]}")
 
 

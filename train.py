@@ -19,7 +19,6 @@ import resource
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import torch
@@ -29,16 +28,16 @@ import distributed
 import reward
 import tiny
 from checkpoint import checkpoint_of, clean, restore, save_checkpoint
-from data import example_at, load_splits
+from data import example_at, load_source, sources
 from dryrun import dry_run
-from eval import describe, evaluate
+from eval import describe, evaluate, run
 from model import Policy, load
 from prompts import first_prompt
 from report import curves
 from vppo import Config, check, command_line, train_step
 
 PATIENCE = 10  # updates in a row without a finite gradient before a run gives up
-# What may differ from config.json when a run is resumed: it changes speed, memory and files, not what is computed.
+# What may differ from config.json when a run is resumed: speed, memory and files, and that bad rows no longer end it.
 MAY_CHANGE = set("tokens_per_batch share_prompt static_cache shard activation_checkpointing save_every keep log skip_bad_rows".split())
 
 
@@ -235,7 +234,7 @@ def main(argv=None):
     reward.check_grader(cfg.grader)
     whole = dataclasses.replace(cfg, temperature=1.0, top_p=1.0)  # how evaluation samples (Section 4)
     # Data before the model: a bad row should not cost a model's loading time.
-    train_data, val_data, test_data = load_splits(cfg)
+    train_data, val_data, test_data = (load_source(source, cfg) for source in sources(cfg))
 
     # Distributed: rank 0 decides where the run lives and where it starts, the others hear of it.
     device = distributed.start()
@@ -364,20 +363,5 @@ def main(argv=None):
     return summary
 
 
-def sentence(error):
-    """What the user reads when a run ends with an error he can do something about."""
-    if isinstance(error, torch.OutOfMemoryError):
-        flags = "--tokens_per_batch and --responses_at_once, or add --activation_checkpointing, --dtype bfloat16, --shard"
-        return f"train.py: out of memory: lower {flags} ({str(error).splitlines()[0]})"
-    return f"train.py: {error}"
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, ImportError, OSError, torch.OutOfMemoryError) as error:
-        distributed.leave(sentence(error))
-    except Exception:  # among them what a rank sees when another has died
-        traceback.print_exc()
-        distributed.leave("train.py: stopped by the error above")
-    distributed.leave()
+    run(main, "train.py", "--tokens_per_batch and --responses_at_once, or add --activation_checkpointing, --dtype bfloat16, --shard")

@@ -21,7 +21,7 @@ import dependency
 import distributed
 import loss
 import reward
-from data import INSTRUCTION
+from data import INSTRUCTION, check_rows
 from model import with_images
 from prompts import fetch
 from rollout import concatenate, generate
@@ -159,6 +159,7 @@ def check(cfg):
         rules.append((getattr(cfg, name) >= 0, f"--{name} must not be negative, got {getattr(cfg, name)}"))
     if cfg.updates_per_rollout > cfg.prompts_per_step:
         rules.append((False, f"--updates_per_rollout {cfg.updates_per_rollout} exceeds --prompts_per_step {cfg.prompts_per_step}"))
+    check_rows(cfg)
     for good, sentence in rules:
         if not good:
             raise ValueError(sentence)

@@ -319,6 +319,7 @@ def test_math_verify_is_not_installed(start, workplace, monkeypatch):
     "flags, message",
     [
         ("--samples 0", "--samples must be at least 1"),
+        ("--dtype int8", "--dtype 'int8' is unknown"),
         ("--data nowhere", "data 'nowhere' is unknown"),
         ("--split dev", "no split 'dev'"),
         ("--grader kind", "unknown grader 'kind'"),

@@ -112,6 +112,15 @@ def test_dry_run_of_each_config(name, tmp_path):
     assert [path.name for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".pyc"] == ["sitecustomize.py"]
 
 
+def test_each_data_set_is_asked_for_by_itself(tmp_path):
+    """A local --data with validation on the hub asks no network either; flags on rows are checked without any row."""
+    words = [ROOT / "train.py", "--val_data", "OWNER/NAME", "--dry_run"]
+    done = offline(tmp_path, *words)
+    assert done.returncode == 0 and "OWNER/NAME: from the hub" in done.stdout
+    done = offline(tmp_path, *words, "--min_pixels", "10", "--max_pixels", "5")
+    assert done.returncode == 1 and done.stderr.startswith("train.py: --min_pixels 10")
+
+
 def test_every_config_is_expected():
     assert {path.stem for path in CONFIGS} == set(EXPECTED)
 

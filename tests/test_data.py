@@ -25,7 +25,7 @@ from data import example_at, load_data, open_image, resize
 from digits import Digits
 from model import encode
 from prompts import fetch, first_prompt, usable
-from vppo import Config, train_step
+from vppo import Config, check, train_step
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_text_only_rows(tmp_path, processor):
     assert [len(example.images) for example in dataset] == [1, 0, 0]
     assert "pixel_values" not in encode(processor, dataset[1])
     with pytest.raises(ValueError, match="--text_only 'keep' is unknown"):
-        load(folder, text_only="keep")
+        check(Config(text_only="keep"))
 
 
 def test_empty_folders(tmp_path):
@@ -206,7 +206,7 @@ def test_resizing_is_bicubic_and_comes_before_the_masks(tmp_path):
     assert benchmarks.Rows("geo3k", stored, "", (120_000, 0))[0].images[0].size == (400, 300)
     for limits in ({"min_pixels": -1}, {"max_pixels": -1}, {"min_pixels": 2, "max_pixels": 1}):
         with pytest.raises(ValueError, match="--min_pixels .* --max_pixels"):
-            load(folder, **limits)
+            check(Config(**limits))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

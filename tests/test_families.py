@@ -158,6 +158,26 @@ def test_the_check_says_which_path_runs(policy, prompts, monkeypatch):
         assert policy.path() == "plain" and "repeated for each response" in note and reason in note
 
 
+def test_a_sliding_window_without_layer_types_is_not_packed(tmp_path):
+    """Mistral's config names a window and no layer types; the window would begin to matter only in long responses."""
+    build("llava", tmp_path, model_type="mistral", sliding_window=40)
+    policy = Policy(*load(str(tmp_path)))
+    assert not policy.can_pack
+    policy.train()
+    policy.model.activation_checkpointing_enable()
+    assert policy.path() == "plain"
+
+
+def test_the_check_compares_two_different_rows(policy, prompts):
+    """Qwen ships its padding token as one of its end tokens."""
+    seen = []
+    honest = policy.states
+    policy.states = lambda prompts, ids, *rest: seen.append(ids) or honest(prompts, ids, *rest)
+    policy.eos_ids = [policy.pad_id, *policy.eos_ids]
+    policy.check_sharing(prompts[0])
+    assert len(seen) == 3 and not any(torch.equal(ids[0], ids[1]) for ids in seen)
+
+
 def test_a_head_that_scales_its_logits_keeps_its_own_forward():
     """Granite 4 Vision divides its logits by a constant: the output matrix alone would give another distribution."""
     text = dict(TEXT, vocab_size=70, logits_scaling=4.0)

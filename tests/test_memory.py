@@ -1,6 +1,7 @@
 """The memory estimate: small models worked out by hand, and the activation formula against what autograd keeps."""
 
 import contextlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,3 +208,5 @@ def test_table(capsys):
         assert len(cells) == header.count("|") - 1 and cells[-1] == "computed"
         assert cells[-2] == ("yes" if float(cells[-3]) <= 74.5 else "no")
         assert float(cells[-3]) == max(map(float, cells[4:8]))
+    shown = [line for line in Path(memory.__file__).with_name("README.md").read_text().splitlines() if line.endswith("| computed |")]
+    assert len(shown) >= 12 and set(shown) <= set(rows)

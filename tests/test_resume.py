@@ -299,14 +299,14 @@ def kill_and_resume(command, folder, kills, seed):
         if life == kills:
             assert process.wait(timeout=500) == 0, (folder.parent / f"log-{life}").read_text()[-3000:]
             break
-        done = len(checkpoint.every(folder))
         in_save = life % 2 == 0  # half of the kills strike while a checkpoint is being written
+        done = len(checkpoint.every(folder)) + (0 if in_save else rng.randrange(3))
         limit = time.time() + 120
         while process.poll() is None and time.time() < limit:
             if in_save and len(checkpoint.every(folder)) > done and list((folder / "checkpoints").glob(".step-*")):
                 break
             if not in_save and len(checkpoint.every(folder)) > done:
-                time.sleep(rng.uniform(0, 3))
+                time.sleep(rng.uniform(0, 0.4))  # about a step
                 break
             time.sleep(0.0005)
         assert process.poll() is None, (folder.parent / f"log-{life}").read_text()[-3000:]
