@@ -1,6 +1,6 @@
 """Examples: an image (or several), a problem, the true answer; and the data sets they come from.
 
-`digits` is the laptop task (digits.py). Anything else is a folder in Hugging Face's ImageFolder layout, or a hub id read through
+`digits` and `scenes` are the laptop's tasks (digits.py, scenes.py). Anything else is a folder in Hugging Face's ImageFolder layout, or a hub id read through
 the `datasets` package.
 """
 
@@ -26,8 +26,9 @@ class Example:
     problem: str
     answer: str
     name: str = "example"  # where it comes from, for error messages: file and row
-    kind: str = ""  # digits task: "sum", "difference" or "yesno"
-    digits: tuple = ()  # digits task: what the image really shows
+    kind: str = ""  # laptop tasks: "sum", "difference", "yesno" or "count"
+    digits: tuple = ()  # laptop tasks: what the image really shows; of scenes a tuple per row
+    asked: str = ""  # scenes task: the row that the problem names
 
 
 class Folder:
@@ -127,7 +128,7 @@ def open_image(source, name):
 
 
 def load_data(name, split="train", instruction=INSTRUCTION):
-    """A sequence of Examples: 'digits', a folder (its sub-folder `split` if there is one), or a hub id.
+    """A sequence of Examples: 'digits', 'scenes', a folder (its sub-folder `split` if there is one), or a hub id.
 
     Returns None where a folder has no such split and is not asked for "train": there is nothing to evaluate on. Raises
     ValueError or ImportError with one sentence otherwise.
@@ -136,13 +137,17 @@ def load_data(name, split="train", instruction=INSTRUCTION):
         from digits import Digits  # which needs Example from here
 
         return Digits(split)
+    if name == "scenes":
+        from scenes import Scenes
+
+        return Scenes(split)
     folder = Path(name)
     if folder.is_dir():
         if (folder / split).is_dir():
             return Folder(folder / split, instruction)
         return Folder(folder, instruction) if split == "train" else None
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ValueError(f"data '{name}' is unknown: give digits, an existing folder with metadata.jsonl, or a hub id OWNER/NAME")
+        raise ValueError(f"data '{name}' is unknown: give digits, scenes, an existing folder with metadata.jsonl, or a hub id OWNER/NAME")
     return Hub(name, {"val": "validation"}.get(split, split), instruction)
 
 
