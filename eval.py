@@ -27,7 +27,7 @@ from vppo import command_line, encode_checked, option
 class EvalConfig:
     """Flags of eval.py; the names are those of train.py where they mean the same."""
 
-    model: str = option("tiny", "'tiny' or 'tiny-small' (warmed up, before RL), a checkpoint folder, or a hub id")
+    model: str = option("tiny", "'tiny' or 'tiny-large' (warmed up, before RL), a checkpoint folder, or a hub id")
     data: str = option("digits", "'digits', 'scenes', a folder with metadata.jsonl and images, or a hub id")
     split: str = option("test", "train, val or test")
     samples: int = option(8, "responses per prompt: the k of avg@k and pass@k")
@@ -101,7 +101,7 @@ def main(argv=None):
     if dataset is None:
         raise ValueError(f"--data {cfg.data} has no '{cfg.split}' folder: name another with --split")
     device = distributed.start()
-    folder = tiny.ensure(model=cfg.model, data=cfg.data)[0] if cfg.model in tiny.SIZES and distributed.rank() == 0 else cfg.model
+    folder = tiny.ensure(model=cfg.model, data=cfg.data)[0] if cfg.model in tiny.NAMES and distributed.rank() == 0 else cfg.model
     folder = distributed.gather([folder])[0]
     policy = Policy(*load(folder, device), cfg.temperature)
     base = Path(cfg.model) if Path(cfg.model).is_dir() else Path("runs")

@@ -57,7 +57,7 @@ class Config:
     """Everything a run depends on. Defaults are the laptop run, the paper's values stand beside them. One field, one flag."""
 
     # What to train
-    model: str = option("tiny", "'tiny' or 'tiny-small' (built and warmed up here), a folder in Hugging Face format, or a hub id")
+    model: str = option("tiny", "'tiny' or 'tiny-large' (built and warmed up here), a folder in Hugging Face format, or a hub id")
     data: str = option("digits", "'digits', 'scenes', a folder with metadata.jsonl and images, or a hub id")
     method: str = option("vppo", "vppo, dapo, grpo, tgf (filter only), tas (shaping only) or vppo_grpo")
     steps: int = option(100, "rollout batches to train on")  # ours; the paper: 2 epochs of 38,870 rows

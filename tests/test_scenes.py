@@ -135,11 +135,13 @@ def test_a_drill_repeats_itself_with_made_up_digits():
     rng = np.random.default_rng(0)
     for i in range(50):
         example = Scenes("val")[i]
+        columns = len(example.digits[0])
         real, *made_up = write_drill(example, rng).split(" ? ")
-        assert reward.grade(real, example.answer) == 1.0 and len(made_up) == 2
+        assert reward.grade(real, example.answer) == 1.0 and readings(real, columns) == [list(row) for row in example.digits]
+        assert len(made_up) == 2 and len({real, *made_up}) == 3
         for text in made_up:
-            assert reward.grade(text, solved(example.problem, readings(text, len(example.digits[0])))) == 1.0
-    assert scenes.knowable(" ,", " 7") and not scenes.knowable(" top", " seven")
+            assert reward.grade(text, solved(example.problem, readings(text, columns))) == 1.0
+    assert scenes.knowable(" top", " 7") and not scenes.knowable(" top", " seven")
 
 
 def test_the_tiny_vocabulary_spells_everything():
@@ -156,7 +158,8 @@ def test_the_tiny_vocabulary_spells_everything():
     assert tokenizer.unk_token_id in tokenizer("unheard").input_ids  # the check above can fail
 
 
-def test_the_two_tasks_share_no_model(tmp_path):
-    names = {tiny.folder_name(model, data) for model in tiny.SIZES for data in ("digits", "scenes")}
-    assert len(names) == 2 * len(tiny.SIZES)
+def test_each_task_has_a_model_of_its_own():
+    assert len({tiny.folder_name(model, task) for model, task in tiny.RECIPES}) == len(tiny.RECIPES)
     assert tiny.folder_name("tiny", "some/folder") == tiny.folder_name("tiny", "digits")
+    with pytest.raises(ValueError, match="--model tiny-large has no recipe for --data digits"):
+        tiny.folder_name("tiny-large", "digits")
