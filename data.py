@@ -1,6 +1,6 @@
 """Examples: images, a problem, the true answer; and the data sets they come from.
 
-    digits                      the laptop task (digits.py)
+    digits, scenes              the laptop's tasks (digits.py, scenes.py)
     FOLDER, FILE.jsonl          Hugging Face's ImageFolder: metadata.jsonl with file_name (or file_names), problem, answer
     FOLDER, FILE.parquet, ...   parquet, arrow, or what `save_to_disk` wrote, read by the `datasets` package
     OWNER/NAME                  a data set of the hub, read by `datasets`
@@ -40,8 +40,9 @@ class Example:
     problem: str
     answer: str
     name: str = "example"  # where it comes from, for error messages: file and row
-    kind: str = ""  # digits task: "sum", "difference" or "yesno"
-    digits: tuple = ()  # digits task: what the image really shows
+    kind: str = ""  # laptop tasks: "sum", "difference", "yesno" or "count"
+    digits: tuple = ()  # laptop tasks: what the image really shows; of scenes a tuple per row
+    asked: str = ""  # scenes task: the row that the problem names
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,10 +290,10 @@ def check_rows(cfg):
         raise ValueError(f"--min_pixels {cfg.min_pixels} and --max_pixels {cfg.max_pixels} are no range: 0 is no limit")
 
 
-def load_data(name, split, cfg, first=None, own=False):
+def load_data(name, split, cfg=None, first=None, own=False):
     """A sequence of Examples; None where the data set has no such split, for there is nothing to evaluate on.
 
-    cfg:   a Config or EvalConfig
+    cfg:   a Config or EvalConfig; the laptop's tasks need none
     first: with --streaming, how many rows to keep for evaluation (0: all); None streams without end, for training
     own:   the data set was named for this purpose: if it has a single split, that one, and if it has no such split, an error
 
@@ -302,6 +303,10 @@ def load_data(name, split, cfg, first=None, own=False):
         from digits import Digits  # which needs Example from here
 
         return Digits(split)
+    if name == "scenes":
+        from scenes import Scenes
+
+        return Scenes(split)
     path = Path(name)
     if path.is_dir():
         files = {file.parent.name: file for file in sorted(path.glob("*/metadata.jsonl"))}
@@ -316,7 +321,7 @@ def load_data(name, split, cfg, first=None, own=False):
         return read_jsonl(files[found], cfg) if found else None
     hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not (path.is_dir() or path.is_file() and path.suffix in TABLES or hub):
-        known = "digits, an existing folder, a .jsonl, .parquet or .arrow file, or a hub id OWNER/NAME"
+        known = "digits, scenes, an existing folder, a .jsonl, .parquet or .arrow file, or a hub id OWNER/NAME"
         raise ValueError(f"data '{name}' is unknown: give {known}")
     return read_tables(name, split, cfg, first, own)
 

@@ -47,6 +47,7 @@ QUESTIONS = {
 }
 KINDS = list(QUESTIONS)
 KIND_SHARE = [0.32, 0.32, 0.36]
+OTHER_WORDS = [str(number) for number in range(-9, 19)]  # every result of a difference or a sum
 
 
 class Digits:
@@ -58,7 +59,7 @@ class Digits:
 
     def __init__(self, split="train", length=None):
         if split not in POOLS:
-            raise ValueError(f"digits has no split '{split}': choose one of {', '.join(POOLS)}")
+            raise ValueError(f"{type(self).__name__.lower()} has no split '{split}': choose one of {', '.join(POOLS)}")
         with np.load(ASSET) as file:
             mine = np.isin(np.arange(len(file["labels"])) % 9, POOLS[split])
             self.images, self.labels = file["images"][mine], file["labels"][mine]
@@ -68,10 +69,14 @@ class Digits:
     def __len__(self):
         return self.length
 
-    def __getitem__(self, i):
+    def generator(self, i):
+        """What example i is drawn from."""
         if not 0 <= i < self.length:
             raise IndexError(i)
-        rng = np.random.default_rng([list(POOLS).index(self.split), i])
+        return np.random.default_rng([list(POOLS).index(self.split), i])
+
+    def __getitem__(self, i):
+        rng = self.generator(i)
         kind = str(rng.choice(KINDS, p=KIND_SHARE))
         picks = rng.integers(len(self.labels), size=3)
         digits = tuple(int(d) for d in self.labels[picks])
@@ -145,13 +150,18 @@ def write_response(example, rng, guess=0.0, misread=0.0):
 def write_drill(example, rng, more=3):
     """The reading, the computation and the answer without phrasing, then `more` computations with random digits after a ? each.
 
-    Nobody can know those digits: of what follows a ?, only the result is worth learning (`RESULT_FOLLOWS`).
+    Nobody can know those digits: of what follows a ?, only the result is worth learning (`knowable`).
     """
     answer, computation = solve(example.kind, example.digits)
     words = [WORDS[digit] for digit in example.digits] + [".", *computation, f"\\boxed{{{answer}}}"]
     for _ in range(more):
         words += ["?", *solve(KINDS[rng.integers(3)], rng.integers(10, size=3))[1]]
     return " " + " ".join(SYNONYMS[word][rng.integers(len(SYNONYMS[word]))] if word in SYNONYMS else word for word in words)
+
+
+def knowable(before, word):
+    """Whether a drill's word after a ? can be known: the result of a computation, given the word before it."""
+    return before.startswith(" ") and before.strip() in RESULT_FOLLOWS
 
 
 def is_reading(token):

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, Qwen3VLConfig
 
 import tiny
 from data import load_source, sources
-from memory import DIGITS, MODELS, count_parameters, memory_per_gpu, qwen
+from memory import LAPTOP, MODELS, count_parameters, memory_per_gpu, qwen
 
 CARD = 80e9  # bytes of the paper's GPUs: 74.5 GiB
 GPUS = (1, 2, 4, 8, 16, 32)
@@ -39,10 +39,12 @@ def is_hub_id(name):
     return not Path(name).exists() and not name.startswith((".", "/", "~")) and name.count("/") == 1
 
 
-def dimensions(name):
+def dimensions(name, data):
     """A model's name -> (transformers config, where it comes from), or (None, why not). Never asks the network."""
-    if name == "tiny":
-        return tiny.build_model(tiny.build_processor(), **tiny.RECIPE).config, "built here"
+    if name in tiny.NAMES:
+        tiny.folder_name(name, data)  # an error if there is no such recipe
+        task = tiny.task_of(data)
+        return tiny.build_model(tiny.build_processor(task), **tiny.RECIPES[name, task.__name__]).config, "built here"
     # Only the file's folder goes to transformers: for a hub id it asks the network, even with local_files_only.
     file = try_to_load_from_cache(name, "config.json") if is_hub_id(name) else Path(name) / "config.json"
     if isinstance(file, (str, Path)) and Path(file).exists():  # the cache may also know that the hub has none
@@ -63,7 +65,7 @@ def dimensions(name):
 
 def memory_of(cfg, config, weights, gpus):
     """memory.memory_per_gpu of a Config. Prompts are as long as --max_prompt_tokens lets them be, and all image."""
-    prompt = DIGITS if cfg.data == "digits" else dict(image_tokens=cfg.max_prompt_tokens, text_tokens=0)
+    prompt = LAPTOP[cfg.data] if cfg.data in LAPTOP else dict(image_tokens=cfg.max_prompt_tokens, text_tokens=0)
     every = cfg.entropy_penalty or cfg.soft or not cfg.has("tgf")  # all tokens get logits in the update: vppo.active_tokens
     return memory_per_gpu(
         config, gpus, cfg.shard, response_tokens=cfg.max_new_tokens, group_size=cfg.group_size,
@@ -95,7 +97,7 @@ def dry_run(cfg, folder):
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if cfg.prompts_per_step < ranks:
         raise ValueError(f"--prompts_per_step {cfg.prompts_per_step} must be at least the number of ranks, {ranks}")
-    config, source = dimensions(cfg.model)
+    config, source = dimensions(cfg.model, cfg.data)
     used = [source for source in sources(cfg) if source]
     hub = list(dict.fromkeys(name for name, *_ in used if is_hub_id(name)))
     here = {source[1]: load_source(source, cfg) for source in used if source[0] not in hub}  # every row is checked, as a run would
@@ -133,7 +135,7 @@ def dry_run(cfg, folder):
 
 def memory_table(cfg, memory, counts):
     """Print, for each of the `counts` of GPUs, the work and the memory of one of them. memory: (Config, GPUs) -> sizes."""
-    size = "as the digits task has them" if cfg.data == "digits" else f"of {cfg.max_prompt_tokens} tokens, all image"
+    size = f"as {cfg.data} has them" if cfg.data in LAPTOP else f"of {cfg.max_prompt_tokens} tokens, all image"
     print(f"\nGiB per GPU, estimated by memory.py, not measured: prompts {size}, responses of {cfg.max_new_tokens}.")
     print("Prompts, responses and responses of an update are those of the busiest GPU.\n")
     print("| GPUs | prompts | responses | per update | rollout | score | update | peak | fits 80 GB |\n" + "|---" * 9 + "|")

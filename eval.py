@@ -34,8 +34,8 @@ from vppo import command_line, option
 class EvalConfig:
     """Flags of eval.py; the names are those of train.py where they mean the same."""
 
-    model: str = option("tiny", "'tiny' (warmed up, before RL), a checkpoint folder, or a hub id")
-    data: str = option("digits", "'digits', a folder with metadata.jsonl or tables, a .jsonl or .parquet file, or a hub id")
+    model: str = option("tiny", "'tiny' or 'tiny-large' (warmed up, before RL), a checkpoint folder, or a hub id")
+    data: str = option("digits", "'digits', 'scenes', a folder with metadata.jsonl or tables, a .jsonl or .parquet file, or a hub id")
     benchmark: str = option("", "the paper's, by name, or 'all': see benchmarks.py; --data is then a local copy")
     split: str = option("test", "train, val or test; a data set with a single split is taken whole")
     samples: int = option(8, "responses per prompt: the k of avg@k, pass@k and majority@k")
@@ -156,7 +156,7 @@ def main(argv=None):
     sets = {name: benchmarks.load(name, copy, cfg.instruction, pixels) for name in benchmarks.named(cfg.benchmark)}
     dataset = next(iter(sets.values())) if sets else load_data(cfg.data, cfg.split, cfg, cfg.prompts, own=True)
     device = distributed.start()
-    folder = tiny.ensure()[0] if cfg.model == "tiny" and distributed.rank() == 0 else cfg.model
+    folder = tiny.ensure(model=cfg.model, data=cfg.data)[0] if cfg.model in tiny.NAMES and distributed.rank() == 0 else cfg.model
     folder = distributed.gather([folder])[0]
     policy = Policy(*load(folder, device), cfg.temperature, dtype=cfg.dtype)
     policy.check_sharing(first_prompt(policy, dataset.__getitem__, range(len(dataset)), cfg))

@@ -125,7 +125,8 @@ def memory_per_gpu(
     return result | {"peak": max(sizes["total"] for sizes in result.values())}
 
 
-DIGITS = dict(image_tokens=3, text_tokens=23)  # a prompt of the laptop's task
+# The longest prompts of the laptop's tasks
+LAPTOP = {"digits": dict(image_tokens=3, text_tokens=23), "scenes": dict(image_tokens=9, text_tokens=27)}
 
 # Published dimensions of Qwen2.5-VL, and the work to plan for: response lengths of Table 9 (which has no 3B).
 TEXT = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size".split()
@@ -150,7 +151,7 @@ def main():
     for name, entry in MODELS.items():
         for gpus, shard in [(1, False), (8, False), (8, True)] + [(32, True)] * (name == "32B"):
             rows += [(f"Qwen2.5-VL-{name}", *qwen(**entry), gpus, shard, checkpointing) for checkpointing in (False, True)]
-    work = dict(DIGITS, response_tokens=Config.max_new_tokens, bf16=False)
+    work = dict(LAPTOP["digits"], response_tokens=Config.max_new_tokens, bf16=False)
     rows.append(("tiny, float32", tiny.build_model(tiny.build_processor(), **tiny.RECIPE).config, work, 1, False, False))
     print("GiB per GPU, estimated; bf16 compute over float32 weights unless noted. Prompts of 1024 image and 256 text")
     print("tokens, responses of 2048 (32B: 4096), 64 (32B: 8) generated together, --tokens_per_batch 4096, k 0.4.\n")

@@ -247,7 +247,7 @@ def main(argv=None):
     if first:
         path = checkpoint_of(resume) if resume else None
         folder = run_of(resume) if resume else output_folder(cfg)
-        model_folder, seconds_warmup = tiny.ensure() if cfg.model == "tiny" else (cfg.model, 0.0)
+        model_folder, seconds_warmup = tiny.ensure(model=cfg.model, data=cfg.data) if cfg.model in tiny.NAMES else (cfg.model, 0.0)
     decided = distributed.gather([(folder, path, model_folder, seconds_warmup) if first else None])
     folder, path, model_folder, seconds_warmup = decided[0]
 

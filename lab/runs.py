@@ -151,7 +151,7 @@ VARIANTS = {
 # ---------------------------------------------------------------------------------------------------------------------
 def weights(model, data):
     """The folder of the warmed-up model, built if need be."""
-    return tiny.ensure()[0] if model == "tiny" else model
+    return tiny.ensure(model=model, data=data)[0] if model in tiny.NAMES else model
 
 
 def start(cfg):

@@ -219,7 +219,7 @@ def trained(cfg, folder):
     flags = f"--steps={end} --save_every={half} --eval_every=0 --test_prompts=0".split()
     if train.main([*flags, "--data", cfg.data, "--output", folder]) is None:
         raise ValueError("the run was stopped before its end")
-    return {"step 0": tiny.ensure()[0]} | {f"step {n}": f"{folder}/checkpoints/step-{n:06d}" for n in (half, end)}
+    return {"step 0": tiny.ensure(data=cfg.data)[0]} | {f"step {n}": f"{folder}/checkpoints/step-{n:06d}" for n in (half, end)}
 
 
 def main(argv=None):
