@@ -42,7 +42,7 @@ RECIPE = dict(
 )  # fmt: skip
 # Scenes have rows, so the vertical axis gets frequencies too. Three layers of width 96, for methods are compared over many runs.
 # `guess` and `misread` were chosen on validation data for a base policy that is right on a fifth of its responses, a fifth of
-# these by guessing (tests/test_scenes_signal.py has the figures).
+# these by guessing (tests/test_signal.py has the figures).
 SCENES = RECIPE | dict(
     layers=3, width=96, mrope_section=[2, 6, 8], see_steps=60, drill_steps=300, clean_steps=500, guess=0.43, misread=0.43,
 )  # fmt: skip
