@@ -198,6 +198,9 @@ def measure(policy, dataset, cfg, output):
     return result
 
 
+MEMORY = "--responses_at_once, or add --dtype bfloat16"  # what to lower when it is too small
+
+
 def run(main, name, memory_flags):
     """Run a script's main function and end the process: errors that the user can do something about as one sentence."""
     try:
@@ -213,4 +216,4 @@ def run(main, name, memory_flags):
 
 
 if __name__ == "__main__":
-    run(main, "eval.py", "--responses_at_once, or add --dtype bfloat16")
+    run(main, "eval.py", MEMORY)

@@ -39,6 +39,7 @@ from vppo import Config, check, command_line, train_step
 PATIENCE = 10  # updates in a row without a finite gradient before a run gives up
 # What may differ from config.json when a run is resumed: speed, memory and files, and that bad rows no longer end it.
 MAY_CHANGE = set("tokens_per_batch share_prompt static_cache shard activation_checkpointing save_every keep log skip_bad_rows".split())
+MEMORY = "--tokens_per_batch and --responses_at_once, or add --activation_checkpointing, --dtype bfloat16, --shard"  # what to lower
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,4 +365,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main, "train.py", "--tokens_per_batch and --responses_at_once, or add --activation_checkpointing, --dtype bfloat16, --shard")
+    run(main, "train.py", MEMORY)

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
+import distributed
+import eval as evaluation
 import train
 import vppo
 from processes import ONE_THREAD, ROOT, kill, python
@@ -278,11 +281,19 @@ def test_a_full_disk_stops_the_log_with_a_sentence():
         train.append(Path("/dev/full"), {"step": 1})
 
 
-def test_out_of_memory_names_the_flags_to_turn():
-    text = train.sentence(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore"))
-    assert text.startswith("train.py: out of memory: lower --tokens_per_batch") and "\n" not in text
-    known = {f"--{name}" for name in vars(vppo.Config())}
-    assert {word.strip(",") for word in text.split() if word.startswith("--")} <= known
+@pytest.mark.parametrize("script, config", [(train, vppo.Config), (evaluation, evaluation.EvalConfig)])
+def test_out_of_memory_names_the_flags_to_turn(script, config, monkeypatch):
+    """One sentence, exit 1, and the flags it names exist."""
+
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+
+    monkeypatch.setattr(distributed, "leave", sys.exit)
+    with pytest.raises(SystemExit) as end:
+        evaluation.run(full, "it", script.MEMORY)
+    text = end.value.code
+    assert text.startswith(f"it: out of memory: lower {script.MEMORY} (CUDA") and "\n" not in text
+    assert {word.strip(",") for word in text.split() if word.startswith("--")} <= {f"--{name}" for name in vars(config())}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
