@@ -29,7 +29,7 @@ from vppo import command_line, option
 
 # What all methods share, task by task: fixed before methods are compared, tuned on DAPO and validation data alone.
 PLANS = {
-    "scenes": {"steps": 40, "eval_every": 5, "eval_prompts": 48, "test_prompts": 256},
+    "scenes": {"steps": 40, "max_rounds": 2, "eval_every": 5, "eval_prompts": 48, "test_prompts": 256},
     "digits": {"steps": 40, "eval_every": 5, "eval_prompts": 48, "test_prompts": 256},
 }
 QUICK = {"steps": 2, "prompts_per_step": 4, "eval_every": 1, "eval_prompts": 4, "test_prompts": 4, "eval_samples": 2}
