@@ -2,7 +2,7 @@
 
     python -m lab.experiments --list                names, runs, minutes on 2 cores
     python -m lab.experiments table2 figure5        results/NAME.md, .json and .png; records of the runs in results/runs
-    python -m lab.experiments all                   everything, in the order of the list
+    python -m lab.experiments all                   everything, in the order of the list; results/README.md sums up
     python -m lab.experiments all --quick           everything with one seed and two steps, into runs/quick: does it run?
 
 A run is a process on one core, as many at a time as there are cores (lab/runs.py). Its record is kept when it ends, so that
@@ -301,7 +301,7 @@ def file_name(name, flags):
 
 
 def report(name, flags, folder):
-    """Write NAME.md, NAME.json and NAME.png from the records, which must be there."""
+    """Write NAME.md, NAME.json and NAME.png from the records, which must be there, and the page over all names."""
     table, chosen = TABLES[name], runs_of(name, flags)
     records = {label: [runs.find(settings, folder) for settings in row] for label, row in chosen.items()}
     everything = [record for row in records.values() for record in row]
@@ -326,6 +326,9 @@ def report(name, flags, folder):
     text = figures.markdown(result)
     Path(f"{base}.md").write_text(text)
     figures.draw(table.picture, result, records, f"{base}.png")
+    files = [base.with_name(f"{file_name(other, flags)}.json") for other in TABLES]
+    results = [json.loads(file.read_text()) for file in files if file.exists()]
+    base.with_name(f"{file_name('README', flags)}.md").write_text(figures.overview(results))
     print(text)
 
 

@@ -118,6 +118,35 @@ def grid(head, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def number(value, form=".4g"):
+    """A number as text; text as it is; empty where there is nothing."""
+    return value if isinstance(value, str) else "" if value is None else f"{value:{form}}"
+
+
+PAIRED = ["difference", "over the curve", "paper", "direction of the paper"]
+
+
+def compared(result):
+    """A table row for each cell that has a reference: label - reference, then PAIRED."""
+    return [
+        [f"{c['label']} - {c['reference']}", spread(c["difference"], c["difference_half"]),
+         spread(c["curve_difference"], c["curve_difference_half"]),
+         number(c["published_difference"], "+.4g") or (f"{c['published']} 0" if c["published"] else ""), c["direction"]]
+        for c in result["cells"] if "reference" in c
+    ]  # fmt: skip
+
+
+def overview(results):
+    """One page over all results: every comparison whose direction the paper states, and how many hold."""
+    rows = [[f"[{r['name']}]({r['name']}.md)", str(r["seeds"]), *row] for r in results for row in compared(r) if row[-1]]
+    ends = [row[-1] for row in rows]
+    counts = ", ".join(f"{end}: {ends.count(end)}" for end in ("holds", "does not hold", "undecided"))
+    text = "# Does the direction of the paper's results hold at laptop size?\n\n    python -m lab.experiments all\n\n"
+    text += f"{len(rows)} comparisons paired by seed, with 95 % intervals: {counts}. An interval decides that does not contain 0; "
+    text += "of so many, one in twenty does so by chance. Each page says what its numbers are.\n\n"
+    return text + grid(["page", "seeds", "", *PAIRED], rows)
+
+
 def markdown(result):
     """The report: where the numbers come from, the cells, the comparisons with the published ones."""
     cells, unit = result["cells"], result["unit"]
@@ -125,22 +154,14 @@ def markdown(result):
     text += f"{result['seeds']} seed(s); 95 % intervals by Student's t over seeds. "
     text += f"Records made at commit {', '.join(result['commits'])}. "
     text += f"Base: {result['base']}.\n" + (f"\n{result['note']}\n" if result["note"] else "") + "\n"
-    number = lambda x, form=".4g": x if isinstance(x, str) else "" if x is None else f"{x:{form}}"  # noqa: E731
-    head = ["", unit, "mean over the validation curve", "+- within a run, by prompt", "seconds a run", "paper, 7B"]
+    head = ["", unit, "mean over the validation curve", "+- within a run, by prompt", "seconds a run", "paper"]
     text += grid(
         head,
         [[c["label"], spread(c["mean"], c["half"]), spread(c["curve"], c["curve_half"]),
           number(c["within"], ".2g"), number(c["seconds"], ".0f"), number(c["published"])] for c in cells],
     )  # fmt: skip
-    pairs = [c for c in cells if "reference" in c]
-    if pairs:
-        text += "\nPaired by seed:\n\n" + grid(
-            ["", "difference", "over the curve", "paper", "direction of the paper"],
-            [[f"{c['label']} - {c['reference']}", spread(c["difference"], c["difference_half"]),
-              spread(c["curve_difference"], c["curve_difference_half"]),
-              number(c["published_difference"], "+.4g") or (f"{c['published']} 0" if c["published"] else ""),
-              c["direction"]] for c in pairs],
-        )  # fmt: skip
+    if pairs := compared(result):
+        text += "\nPaired by seed:\n\n" + grid(["", *PAIRED], pairs)
     for label, sample in result["samples"]:
         text += f"\n{label}: {sample['problem']} (answer {sample['answer']})\n\n    {sample['response'] or '(empty)'}\n"
     return text

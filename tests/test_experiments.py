@@ -240,3 +240,17 @@ def test_pictures(tmp_path):
     drawn = figure()
     figures.curves(drawn, result, {"a": [record, other]})
     assert drawn.axes[0].lines[0].get_ydata().tolist() == pytest.approx([30, 60])
+
+
+def test_the_page_over_all_results():
+    cell = {"label": "b", "reference": "a", "difference": 2.0, "difference_half": 1.0, "curve_difference": None,
+            "curve_difference_half": None, "published_difference": 2.5, "direction": "holds"}  # fmt: skip
+    silent = cell | {"label": "c", "published_difference": None, "published": None, "direction": ""}  # the paper says nothing
+    other = cell | {"published_difference": None, "published": "<", "direction": "does not hold"}
+    results = [{"name": "t1", "seeds": 10, "cells": [{"label": "a"}, cell, silent]}, {"name": "t2", "seeds": 3, "cells": [other]}]
+    text = figures.overview(results)
+    assert "2 comparisons" in text and "holds: 1, does not hold: 1, undecided: 0" in text
+    assert text.splitlines()[-2:] == [
+        "| [t1](t1.md) | 10 | b - a | 2 +- 1 | +2.5 | holds |",
+        "| [t2](t2.md) | 3 | b - a | 2 +- 1 | < 0 | does not hold |",
+    ]
