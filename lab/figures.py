@@ -87,6 +87,7 @@ def evaluate_rows(rows, records, value):
             "seconds": statistics.mean(r["seconds"] for r in mine),
         }
         cell["mean"], cell["half"] = interval(cell["values"])
+        cell["blind"], cell["blind_half"] = interval([100 * r["blind"] if "blind" in r else None for r in mine])
         cell["curve"], cell["curve_half"] = interval(cell["curve_values"])
         cell["within"] = statistics.mean(100 * (r["test_ci"] or 0) for r in mine) if "test_ci" in mine[0] else None
         cells[label] = cell
@@ -154,11 +155,12 @@ def markdown(result):
     text += f"{result['seeds']} seed(s); 95 % intervals by Student's t over seeds. "
     text += f"Records made at commit {', '.join(result['commits'])}. "
     text += f"Base: {result['base']}.\n" + (f"\n{result['note']}\n" if result["note"] else "") + "\n"
-    head = ["", unit, "mean over the validation curve", "+- within a run, by prompt", "seconds a run", "paper"]
+    head = ["", unit, "mean over the validation curve", "responses that read nothing, %", "+- within a run, by prompt",
+            "seconds a run", "paper"]  # fmt: skip
     text += grid(
         head,
         [[c["label"], spread(c["mean"], c["half"]), spread(c["curve"], c["curve_half"]),
-          number(c["within"], ".2g"), number(c["seconds"], ".0f"), number(c["published"])] for c in cells],
+          spread(c["blind"], c["blind_half"]), number(c["within"], ".2g"), number(c["seconds"], ".0f"), number(c["published"])] for c in cells],
     )  # fmt: skip
     if pairs := compared(result):
         text += "\nPaired by seed:\n\n" + grid(["", *PAIRED], pairs)

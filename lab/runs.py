@@ -86,6 +86,15 @@ def find(settings, folder):
     return record if record and record["identity"] == identity(settings) else None
 
 
+def commit():
+    """The commit that the code is at, "-dirty" behind it if files differ from it; empty where there is no git."""
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
 def perform(settings, folder):
     """Make a run and write its record, whole or not at all."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends its runs
@@ -94,12 +103,9 @@ def perform(settings, folder):
     vppo.modulate = VARIANTS[variant]
     start = time.time()
     result = KINDS[kind](cfg)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     record = {
         "identity": identity(settings),
-        "commit": commit,
+        "commit": commit(),
         "torch": torch.__version__,
         "seconds": round(time.time() - start, 1),
     }
@@ -179,8 +185,11 @@ def train(cfg):
             scores, _ = evaluate(policy, val_data, cfg, cfg.eval_prompts, cfg.eval_samples, cfg.seed)
             curve.append([step + 1, rounded(scores["avg"])])
     scores, answers = evaluate(policy, test_data, cfg, cfg.test_prompts, cfg.eval_samples, cfg.seed)
+    is_reading = importlib.import_module(cfg.data).is_reading
+    blind = [not any(map(is_reading, text.split())) for answer in answers for text in answer["responses"]]
     return {
         "curve": curve, "test": scores["avg"], "test_ci": scores["avg_ci"], "metrics": metrics,
+        "blind": rounded(sum(blind) / len(blind)),  # share of held-out responses that name no digit
         "right": [int(sum(answer["rewards"])) for answer in answers],  # of eval_samples, prompt by prompt
         "samples": [{"problem": a["problem"], "answer": a["answer"], "response": a["responses"][0]} for a in answers[:3]],
     }  # fmt: skip

@@ -28,6 +28,7 @@ import tiny
 import train
 import vppo
 from data import load_data
+from lab import runs
 from model import Policy, load
 from vppo import command_line, option
 
@@ -231,7 +232,9 @@ def main(argv=None):
         raise ValueError(f"--prompts and --steps must be at least 2, got {cfg.prompts} and {cfg.steps}")
     output, results = Path(cfg.output or ("runs/variance-quick" if cfg.quick else "results")), {}
     output.mkdir(parents=True, exist_ok=True)
-    parts = ["# Theorem 3.1 against measured gradients", f"`{' '.join(['python -m lab.variance', *argv])}`"]
+    commit = runs.commit()
+    parts = ["# Theorem 3.1 against measured gradients", f"    {' '.join(['python -m lab.variance', *argv])}"]
+    parts.append(f"At commit {commit}, torch {torch.__version__}.")
     with tempfile.TemporaryDirectory() as folder:
         for name, path in ({path: path for path in cfg.checkpoints} or trained(cfg, f"{folder}/run")).items():
             t, reward = measure(Policy(*load(path, "cuda" if torch.cuda.is_available() else "cpu")).eval(), cfg)
@@ -239,7 +242,7 @@ def main(argv=None):
             parts.append(report(name, results[name], reward, t))
             print(f"\n{parts[-1]}", flush=True)
     (output / "variance.md").write_text("\n\n".join(parts) + "\n")
-    (output / "variance.json").write_text(json.dumps({"settings": vars(cfg), "checkpoints": results}, indent=1) + "\n")
+    (output / "variance.json").write_text(json.dumps({"commit": commit, "settings": vars(cfg), "checkpoints": results}, indent=1) + "\n")
     picture(results, output / "variance.png")
 
 
