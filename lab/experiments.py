@@ -108,7 +108,7 @@ TABLES = {
         ("random 0.4", method("tgf", select="random"), 54.8, "dependency 0.4"),
         *((f"entropy {k}", method("tgf", select="entropy", k=k), paper, "dependency 0.4")
           for k, paper in ((0.2, 56.0), (0.4, 55.7), (0.6, 55.8), (0.8, 55.3))),
-    ]),
+    ], 5),
     "table5": Table("VPPO on a GRPO base", [
         ("GRPO", method("grpo"), 53.1, None), ("VPPO on GRPO", method("vppo_grpo"), 54.8, "GRPO"),
         ("VPPO on DAPO", method("vppo"), 57.5, "VPPO on GRPO"),
@@ -134,7 +134,7 @@ TABLES = {
         ("kl", method("vppo"), 57.5, None),
         *((metric, method("vppo", metric=metric), paper, "kl")
           for metric, paper in (("jsd", 56.9), ("drop", 50.3), ("k3", None))),
-    ], note="The official code computes k3 where the paper says KL."),
+    ], 10, "The official code computes k3 where the paper says KL."),
     "table13": Table("responses per prompt", [
         ("G = 8", method("vppo"), 57.5, None),
         *((f"G = {G}", method("vppo", group_size=G), paper, "G = 8") for G, paper in ((5, 56.5), (12, 57.4), (16, 57.7))),
@@ -163,7 +163,7 @@ TABLES = {
         ("k = 0.4", method("vppo"), None, None),
         *((f"k = {k}", method("vppo", k=k), "<", "k = 0.4") for k in (0.2, 0.6, 0.8)),
         ("k = 1 (TAS only)", method("tas"), "<", "k = 0.4"),
-    ]),
+    ], 5),
     "figure7": Table("share of tokens that the filter keeps, by kind", per_kind("kept"),
                      unit="share", value=measured, picture=figures.tokens),
     "figure8": Table("what DAPO writes with and without entropy penalty", [
