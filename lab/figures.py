@@ -137,12 +137,30 @@ def compared(result):
     ]  # fmt: skip
 
 
+def decided(result):
+    """The comparisons of a page whose interval does not contain 0, in words."""
+    for cell in result["cells"]:
+        mean, half, paper = (cell.get(key) for key in ("difference", "difference_half", "published_difference"))
+        if half is not None and abs(mean) > half:
+            said = f" (paper {number(paper, '+.1f') or cell['published'] + ' 0'})" if paper is not None or cell["published"] else ""
+            yield f"{cell['label']} - {cell['reference']}: {mean:+.1f} +- {half:.1f}{said}"
+
+
 def overview(results):
-    """One page over all results: every comparison whose direction the paper states, and how many hold."""
+    """One page over all results: their scores in short, then every comparison whose direction the paper states."""
     rows = [[f"[{r['name']}]({r['name']}.md)", str(r["seeds"]), *row] for r in results for row in compared(r) if row[-1]]
     ends = [row[-1] for row in rows]
     counts = ", ".join(f"{end}: {ends.count(end)}" for end in ("holds", "does not hold", "undecided"))
-    text = "# Does the direction of the paper's results hold at laptop size?\n\n    python -m lab.experiments all\n\n"
+    text = "# The paper's tables and figures at laptop size\n\n    python -m lab.experiments all\n\n"
+    text += "Mean and 95 % interval over seeds, the paper's number in brackets; then the differences, paired by seed, that an interval decides.\n\n"
+    scores = [r for r in results if "avg@8" in r["unit"]]
+    score = lambda c: f"{c['label']} {c['mean']:.1f} +- {c['half'] or 0:.1f}{f' ({x})' if (x := number(c['published'])) and x not in '<>' else ''}"  # noqa: E731
+    text += grid(
+        ["page", "question", "seeds", "here (paper), %", "decided"],
+        [[f"[{r['name']}]({r['name']}.md)", r["title"], str(r["seeds"]), "; ".join(map(score, r["cells"])),
+          "; ".join(decided(r)) or "nothing"] for r in scores],
+    )  # fmt: skip
+    text += "\n## Does the direction of the paper hold?\n\n"
     text += f"{len(rows)} comparisons paired by seed, with 95 % intervals: {counts}. An interval decides that does not contain 0; "
     text += "of so many, one in twenty does so by chance. Each page says what its numbers are.\n\n"
     return text + grid(["page", "seeds", "", *PAIRED], rows)

@@ -243,12 +243,16 @@ def test_pictures(tmp_path):
 
 
 def test_the_page_over_all_results():
-    cell = {"label": "b", "reference": "a", "difference": 2.0, "difference_half": 1.0, "curve_difference": None,
-            "curve_difference_half": None, "published_difference": 2.5, "direction": "holds"}  # fmt: skip
-    silent = cell | {"label": "c", "published_difference": None, "published": None, "direction": ""}  # the paper says nothing
+    cell = {"label": "b", "reference": "a", "mean": 52.0, "half": 1.5, "published": 57.5, "difference": 2.0, "difference_half": 1.0,
+            "curve_difference": None, "curve_difference_half": None, "published_difference": 2.5, "direction": "holds"}  # fmt: skip
+    first = {"label": "a", "mean": 50.0, "half": 1.25, "published": 55.0}
+    silent = cell | {"label": "c", "published_difference": None, "published": None, "direction": "", "difference": 0.5}
     other = cell | {"published_difference": None, "published": "<", "direction": "does not hold"}
-    results = [{"name": "t1", "seeds": 10, "cells": [{"label": "a"}, cell, silent]}, {"name": "t2", "seeds": 3, "cells": [other]}]
+    score = {"name": "t1", "title": "what", "unit": TABLES["table1"].unit, "seeds": 10, "cells": [first, cell, silent]}
+    results = [score, {"name": "t2", "title": "how", "unit": "nats", "seeds": 3, "cells": [other]}]
     text = figures.overview(results)
+    row = "| [t1](t1.md) | what | 10 | a 50.0 +- 1.2 (55); b 52.0 +- 1.5 (57.5); c 52.0 +- 1.5 | b - a: +2.0 +- 1.0 (paper +2.5) |"
+    assert row in text and "| how |" not in text and list(figures.decided(results[1])) == ["b - a: +2.0 +- 1.0 (paper < 0)"]
     assert "2 comparisons" in text and "holds: 1, does not hold: 1, undecided: 0" in text
     assert text.splitlines()[-2:] == [
         "| [t1](t1.md) | 10 | b - a | 2 +- 1 | +2.5 | holds |",
