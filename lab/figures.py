@@ -87,7 +87,8 @@ def evaluate_rows(rows, records, value):
             "seconds": statistics.mean(r["seconds"] for r in mine),
         }
         cell["mean"], cell["half"] = interval(cell["values"])
-        cell["blind"], cell["blind_half"] = interval([100 * r["blind"] if "blind" in r else None for r in mine])
+        cell["blind_values"] = [100 * r["blind"] if "blind" in r else None for r in mine]
+        cell["blind"], cell["blind_half"] = interval(cell["blind_values"])
         cell["curve"], cell["curve_half"] = interval(cell["curve_values"])
         cell["within"] = statistics.mean(100 * (r["test_ci"] or 0) for r in mine) if "test_ci" in mine[0] else None
         cells[label] = cell
@@ -98,9 +99,10 @@ def evaluate_rows(rows, records, value):
                 sign = (gap > 0) - (gap < 0)
             mean, half = difference(cell["values"], cells[reference]["values"])
             curve, curve_half = difference(cell["curve_values"], cells[reference]["curve_values"])
+            blind, blind_half = difference(cell["blind_values"], cells[reference]["blind_values"])
             cell |= {"reference": reference, "difference": mean, "difference_half": half, "curve_difference": curve,
-                     "curve_difference_half": curve_half, "published_difference": gap,
-                     "direction": verdict(sign, mean, half)}  # fmt: skip
+                     "curve_difference_half": curve_half, "blind_difference": blind, "blind_difference_half": blind_half,
+                     "published_difference": gap, "direction": verdict(sign, mean, half)}  # fmt: skip
     return list(cells.values())
 
 
@@ -124,14 +126,14 @@ def number(value, form=".4g"):
     return value if isinstance(value, str) else "" if value is None else f"{value:{form}}"
 
 
-PAIRED = ["difference", "over the curve", "paper", "direction of the paper"]
+PAIRED = ["difference", "over the curve", "responses that read nothing", "paper", "direction of the paper"]
 
 
 def compared(result):
     """A table row for each cell that has a reference: label - reference, then PAIRED."""
     return [
         [f"{c['label']} - {c['reference']}", spread(c["difference"], c["difference_half"]),
-         spread(c["curve_difference"], c["curve_difference_half"]),
+         spread(c["curve_difference"], c["curve_difference_half"]), spread(c["blind_difference"], c["blind_difference_half"]),
          number(c["published_difference"], "+.4g") or (f"{c['published']} 0" if c["published"] else ""), c["direction"]]
         for c in result["cells"] if "reference" in c
     ]  # fmt: skip

@@ -63,7 +63,7 @@ def test_verdicts():
 
 def trained(test, curve, seconds=60.0):
     """What evaluate_rows reads of a record."""
-    return {"test": test, "test_ci": 0.02, "curve": curve, "seconds": seconds}
+    return {"test": test, "test_ci": 0.02, "curve": curve, "seconds": seconds, "blind": test / 10}
 
 
 def test_rows_compare_with_their_reference():
@@ -74,6 +74,7 @@ def test_rows_compare_with_their_reference():
     assert a["mean"] == pytest.approx(55) and a["half"] == pytest.approx(12.706 * 5) and a["curve"] == pytest.approx(35)
     assert a["within"] == pytest.approx(2) and "difference" not in a
     assert b["difference"] == pytest.approx(2) and b["difference_half"] == pytest.approx(0, abs=1e-9)
+    assert b["blind"] == pytest.approx(5.7) and b["blind_difference"] == pytest.approx(0.2)
     assert b["curve_difference"] == pytest.approx(20) and b["published_difference"] == 2.5 and b["direction"] == "holds"
     worse = figures.evaluate_rows([rows[0], ("b", {}, "<", "a")], records, TABLES["table1"].value)[1]
     assert worse["direction"] == "does not hold" and worse["published_difference"] is None
@@ -244,7 +245,8 @@ def test_pictures(tmp_path):
 
 def test_the_page_over_all_results():
     cell = {"label": "b", "reference": "a", "mean": 52.0, "half": 1.5, "published": 57.5, "difference": 2.0, "difference_half": 1.0,
-            "curve_difference": None, "curve_difference_half": None, "published_difference": 2.5, "direction": "holds"}  # fmt: skip
+            "curve_difference": None, "curve_difference_half": None, "blind_difference": None, "blind_difference_half": None,
+            "published_difference": 2.5, "direction": "holds"}  # fmt: skip
     first = {"label": "a", "mean": 50.0, "half": 1.25, "published": 55.0}
     silent = cell | {"label": "c", "published_difference": None, "published": None, "direction": "", "difference": 0.5}
     other = cell | {"published_difference": None, "published": "<", "direction": "does not hold"}
