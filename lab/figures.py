@@ -133,7 +133,7 @@ def compared(result):
     """A table row for each cell that has a reference: label - reference, then PAIRED."""
     return [
         [f"{c['label']} - {c['reference']}", spread(c["difference"], c["difference_half"]),
-         spread(c["curve_difference"], c["curve_difference_half"]), spread(c["blind_difference"], c["blind_difference_half"]),
+         spread(c["curve_difference"], c["curve_difference_half"]), spread(c.get("blind_difference"), c.get("blind_difference_half")),
          number(c["published_difference"], "+.4g") or (f"{c['published']} 0" if c["published"] else ""), c["direction"]]
         for c in result["cells"] if "reference" in c
     ]  # fmt: skip
