@@ -260,3 +260,9 @@ def test_the_page_over_all_results():
         "| [t1](t1.md) | 10 | b - a | 2 +- 1 | +2.5 | holds |",
         "| [t2](t2.md) | 3 | b - a | 2 +- 1 | < 0 | does not hold |",
     ]
+
+
+def test_the_readme_has_the_results_numbers():
+    page = (runs.ROOT / "results" / "README.md").read_text()
+    rows = [line for line in (runs.ROOT / "README.md").read_text().splitlines() if line.startswith("| [") and "](results/" in line]
+    assert len(rows) > 10 and all(row.replace("](results/", "](") in page for row in rows)
