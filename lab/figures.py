@@ -129,12 +129,17 @@ def number(value, form=".4g"):
 PAIRED = ["difference", "over the curve", "responses that read nothing", "paper", "direction of the paper"]
 
 
+def side(published):
+    """< 0 or > 0 where the paper gives only the side of the reference."""
+    return f"{published} 0" if isinstance(published, str) else ""
+
+
 def compared(result):
     """A table row for each cell that has a reference: label - reference, then PAIRED."""
     return [
         [f"{c['label']} - {c['reference']}", spread(c["difference"], c["difference_half"]),
          spread(c["curve_difference"], c["curve_difference_half"]), spread(c.get("blind_difference"), c.get("blind_difference_half")),
-         number(c["published_difference"], "+.4g") or (f"{c['published']} 0" if c["published"] else ""), c["direction"]]
+         number(c["published_difference"], "+.4g") or side(c["published"]), c["direction"]]
         for c in result["cells"] if "reference" in c
     ]  # fmt: skip
 
@@ -144,8 +149,8 @@ def decided(result):
     for cell in result["cells"]:
         mean, half, paper = (cell.get(key) for key in ("difference", "difference_half", "published_difference"))
         if half is not None and abs(mean) > half:
-            said = f" (paper {number(paper, '+.1f') or cell['published'] + ' 0'})" if paper is not None or cell["published"] else ""
-            yield f"{cell['label']} - {cell['reference']}: {mean:+.1f} +- {half:.1f}{said}"
+            said = number(paper, "+.1f") or side(cell["published"])
+            yield f"{cell['label']} - {cell['reference']}: {mean:+.1f} +- {half:.1f}" + f" (paper {said})" * bool(said)
 
 
 def overview(results):

@@ -248,12 +248,12 @@ def test_the_page_over_all_results():
             "curve_difference": None, "curve_difference_half": None, "blind_difference": None, "blind_difference_half": None,
             "published_difference": 2.5, "direction": "holds"}  # fmt: skip
     first = {"label": "a", "mean": 50.0, "half": 1.25, "published": 55.0}
-    silent = cell | {"label": "c", "published_difference": None, "published": None, "direction": "", "difference": 0.5}
+    silent = cell | {"label": "c", "published_difference": None, "published": 55.0, "direction": "", "difference": 1.5}
     other = cell | {"published_difference": None, "published": "<", "direction": "does not hold"}
     score = {"name": "t1", "title": "what", "unit": TABLES["table1"].unit, "seeds": 10, "cells": [first, cell, silent]}
     results = [score, {"name": "t2", "title": "how", "unit": "nats", "seeds": 3, "cells": [other]}]
     text = figures.overview(results)
-    row = "| [t1](t1.md) | what | 10 | a 50.0 +- 1.2 (55); b 52.0 +- 1.5 (57.5); c 52.0 +- 1.5 | b - a: +2.0 +- 1.0 (paper +2.5) |"
+    row = "| [t1](t1.md) | what | 10 | a 50.0 +- 1.2 (55); b 52.0 +- 1.5 (57.5); c 52.0 +- 1.5 (55) | b - a: +2.0 +- 1.0 (paper +2.5); c - a: +1.5 +- 1.0 |"
     assert row in text and "| how |" not in text and list(figures.decided(results[1])) == ["b - a: +2.0 +- 1.0 (paper < 0)"]
     assert "2 comparisons" in text and "holds: 1, does not hold: 1, undecided: 0" in text
     assert text.splitlines()[-2:] == [
