@@ -33,8 +33,8 @@ PLANS = {
     "digits": {"steps": 40, "eval_every": 5, "eval_prompts": 48, "test_prompts": 256},
 }
 QUICK = {"steps": 2, "prompts_per_step": 4, "eval_every": 1, "eval_prompts": 4, "test_prompts": 4, "eval_samples": 2}
-# Seconds on one core: a run's start, a response trained on (the replaced ones on top), a response evaluated. From the first
-# runs of VPPO; where a run's record is there, its own seconds count.
+# Seconds on one core: a run's start, a response trained on (the replaced ones on top), a response evaluated. Measured
+# on VPPO; where a run's record is there, its own seconds count.
 SECONDS = {"scenes": (3.0, 0.012, 0.003), "digits": (2.0, 0.014, 0.005)}
 
 
@@ -305,15 +305,11 @@ def file_name(name, flags):
 
 
 def report(name, flags, folder):
-    """Write NAME.md, NAME.json and NAME.png from the records, which must be there, and the page over all names."""
+    """Write NAME.md, NAME.json and NAME.png from the records, which must be there."""
     table, chosen = TABLES[name], runs_of(name, flags)
     records = {label: [runs.find(settings, folder) for settings in row] for label, row in chosen.items()}
     everything = [record for row in records.values() for record in row]
-    words = [
-        f"--{flag} {getattr(flags, flag)}"
-        for flag in ("data", "seeds")
-        if getattr(flags, flag) != getattr(Flags, flag)
-    ]
+    words = [f"--{flag} {getattr(flags, flag)}" for flag in ("data", "seeds") if getattr(flags, flag) != getattr(Flags, flag)]
     result = {
         "name": name, "title": table.title, "unit": table.unit, "note": table.note,
         "seeds": len(next(iter(chosen.values()))),
@@ -330,10 +326,15 @@ def report(name, flags, folder):
     text = figures.markdown(result)
     Path(f"{base}.md").write_text(text)
     figures.draw(table.picture, result, records, f"{base}.png")
-    files = [base.with_name(f"{file_name(other, flags)}.json") for other in TABLES]
-    results = [json.loads(file.read_text()) for file in files if file.exists()]
-    base.with_name(f"{file_name('README', flags)}.md").write_text(figures.overview(results))
     print(text)
+
+
+def sum_up(flags):
+    """Write README.md over all results that are there."""
+    folder = Path(flags.output)
+    files = [folder / f"{file_name(name, flags)}.json" for name in TABLES]
+    results = [json.loads(file.read_text()) for file in files if file.exists()]
+    (folder / f"{file_name('README', flags)}.md").write_text(figures.overview(results))
 
 
 def main(argv=None):
@@ -367,6 +368,7 @@ def main(argv=None):
                 f"{name}: {len(failed)} of {len(todo)} runs failed, the others are kept: repeat the command ({failed[0]})"
             )
         report(name, flags, folder)
+        sum_up(flags)
 
 
 if __name__ == "__main__":

@@ -76,33 +76,27 @@ def evaluate_rows(rows, records, value):
     cells, published = {}, {label: number for label, _, number, _ in rows}
     for label, settings, paper, reference in rows:
         mine = records[label]
-        cell = {
-            "label": label,
-            "settings": settings,
-            "published": paper,
-            "values": [value(record, label) for record in mine],
+        measures = {  # the prefix of a measure's keys: its values, seed by seed
+            "": [value(record, label) for record in mine],
+            "curve_": [curve_mean(record) for record in mine],
+            "blind_": [100 * record["blind"] if "blind" in record else None for record in mine],
         }
-        cell |= {
-            "curve_values": [curve_mean(record) for record in mine],
-            "seconds": statistics.mean(r["seconds"] for r in mine),
-        }
-        cell["mean"], cell["half"] = interval(cell["values"])
-        cell["blind_values"] = [100 * r["blind"] if "blind" in r else None for r in mine]
-        cell["blind"], cell["blind_half"] = interval(cell["blind_values"])
-        cell["curve"], cell["curve_half"] = interval(cell["curve_values"])
+        cell = cells[label] = {"label": label, "settings": settings, "published": paper}
+        for prefix, values in measures.items():
+            cell[f"{prefix}values"] = values
+            cell[prefix[:-1] or "mean"], cell[f"{prefix}half"] = interval(values)
+            if reference:
+                compare = difference(values, cells[reference][f"{prefix}values"])
+                cell[f"{prefix}difference"], cell[f"{prefix}difference_half"] = compare
+        cell["seconds"] = statistics.mean(r["seconds"] for r in mine)
         cell["within"] = statistics.mean(100 * (r["test_ci"] or 0) for r in mine) if "test_ci" in mine[0] else None
-        cells[label] = cell
         if reference:
             sign, gap = {"<": -1, ">": 1}.get(paper), None
             if isinstance(paper, (int, float)) and isinstance(published[reference], (int, float)):
                 gap = round(paper - published[reference], 3)
                 sign = (gap > 0) - (gap < 0)
-            mean, half = difference(cell["values"], cells[reference]["values"])
-            curve, curve_half = difference(cell["curve_values"], cells[reference]["curve_values"])
-            blind, blind_half = difference(cell["blind_values"], cells[reference]["blind_values"])
-            cell |= {"reference": reference, "difference": mean, "difference_half": half, "curve_difference": curve,
-                     "curve_difference_half": curve_half, "blind_difference": blind, "blind_difference_half": blind_half,
-                     "published_difference": gap, "direction": verdict(sign, mean, half)}  # fmt: skip
+            direction = verdict(sign, cell["difference"], cell["difference_half"])
+            cell |= {"reference": reference, "published_difference": gap, "direction": direction}
     return list(cells.values())
 
 
@@ -153,24 +147,36 @@ def decided(result):
             yield f"{cell['label']} - {cell['reference']}: {mean:+.1f} +- {half:.1f}" + f" (paper {said})" * bool(said)
 
 
+def score(cell):
+    """A cell in short: label, mean and interval, the paper's number in brackets."""
+    paper = "" if cell["published"] in (None, "<", ">") else f" ({number(cell['published'])})"
+    return f"{cell['label']} {cell['mean']:.1f} +- {cell['half'] or 0:.1f}{paper}"
+
+
 def overview(results):
     """One page over all results: their scores in short, then every comparison whose direction the paper states."""
-    rows = [[f"[{r['name']}]({r['name']}.md)", str(r["seeds"]), *row] for r in results for row in compared(r) if row[-1]]
+    link = {r["name"]: f"[{r['name']}]({r['name']}.md)" for r in results}
+    scores = grid(
+        ["page", "question", "seeds", "here (paper), %", "decided"],
+        [[link[r["name"]], r["title"], str(r["seeds"]), "; ".join(map(score, r["cells"])), "; ".join(decided(r)) or "nothing"]
+         for r in results if "avg@8" in r["unit"]],
+    )  # fmt: skip
+    rows = [[link[r["name"]], str(r["seeds"]), *row] for r in results for row in compared(r) if row[-1]]
     ends = [row[-1] for row in rows]
     counts = ", ".join(f"{end}: {ends.count(end)}" for end in ("holds", "does not hold", "undecided"))
-    text = "# The paper's tables and figures at laptop size\n\n    python -m lab.experiments all\n\n"
-    text += "Mean and 95 % interval over seeds, the paper's number in brackets; then the differences, paired by seed, that an interval decides.\n\n"
-    scores = [r for r in results if "avg@8" in r["unit"]]
-    score = lambda c: f"{c['label']} {c['mean']:.1f} +- {c['half'] or 0:.1f}{f' ({x})' if (x := number(c['published'])) and x not in '<>' else ''}"  # noqa: E731
-    text += grid(
-        ["page", "question", "seeds", "here (paper), %", "decided"],
-        [[f"[{r['name']}]({r['name']}.md)", r["title"], str(r["seeds"]), "; ".join(map(score, r["cells"])),
-          "; ".join(decided(r)) or "nothing"] for r in scores],
-    )  # fmt: skip
-    text += "\n## Does the direction of the paper hold?\n\n"
-    text += f"{len(rows)} comparisons paired by seed, with 95 % intervals: {counts}. An interval decides that does not contain 0; "
-    text += "of so many, one in twenty does so by chance. Each page says what its numbers are.\n\n"
-    return text + grid(["page", "seeds", "", *PAIRED], rows)
+    return f"""# The paper's tables and figures at laptop size
+
+    python -m lab.experiments all
+
+Mean and 95 % interval over seeds, the paper's number in brackets; then the differences, paired by seed, that an interval decides.
+
+{scores}
+## Does the direction of the paper hold?
+
+{len(rows)} comparisons paired by seed, with 95 % intervals: {counts}. An interval decides that does not contain 0; \
+of so many, one in twenty does so by chance. Each page says what its numbers are.
+
+{grid(["page", "seeds", "", *PAIRED], rows)}"""
 
 
 def markdown(result):
