@@ -10,7 +10,7 @@ those with A' < 0 less likely. Here are two prompts with four responses each:
 In prompt 0, response 1 is wrong and looked most. It will turn out to be punished hardest in its group.
 
 Task a: write shaped_advantages. Use group_advantages and shaping_factors, with the bounds they have by default.
-Task b: print the numbers of the example. Then say of each statement whether it is True or False.
+Task b: run `python -m exercises.exercise_5` and look at the numbers. Then say of each statement: True or False?
 
 Check: python -m pytest exercises/test_5.py
 """
@@ -43,3 +43,8 @@ def shaped_advantages(rewards, mean_dependency, group_size):
     punished hardest (Q,).
     """
     raise NotImplementedError("Write shaped_advantages in exercises/exercise_5.py.")
+
+
+if __name__ == "__main__":
+    for row in zip(*shaped_advantages(REWARDS, MEAN_DEPENDENCY, 4)[:3]):
+        print("A {:6.3f}   alpha {:.2f}   A' {:6.3f}".format(*map(float, row)))
