@@ -24,8 +24,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import dependency
+from config import command_line, option
 from lab import figures, runs
-from vppo import command_line, option
 
 # What all methods share, task by task: fixed before methods are compared, tuned on DAPO and validation data alone.
 PLANS = {

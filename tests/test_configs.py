@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from lab.bench import peak_memory
 from transformers import AutoConfig
 
-import tiny
 import train
-from dryrun import KNOWN
+from config import parse
+from dryrun import KNOWN, count_parameters
+from lab.bench import peak_memory
+from laptop import tiny
 from loss import token_entropy
-from memory import count_parameters
 
 ROOT = Path(train.__file__).parent
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))
@@ -42,7 +42,7 @@ def offline(folder, *words, **environment):
 def described(capsys, *flags):
     """What --dry_run prints, in this process."""
     with pytest.raises(SystemExit) as end:
-        train.parse([*flags, "--dry_run"])
+        train.main([*flags, "--dry_run"])
     assert not end.value.code
     return capsys.readouterr().out
 
@@ -196,10 +196,10 @@ def test_an_unknown_hub_id_is_no_error(capsys, workplace):
 
 
 def test_dry_run_is_no_field(workplace):
-    train.parse(["--method", "grpo"])
+    parse(["--method", "grpo"])
     Path("c.json").write_text('{"dry_run": true}')
     with pytest.raises(ValueError, match="unknown fields: dry_run"):
-        train.parse(["--config", "c.json"])
+        parse(["--config", "c.json"])
 
 
 @pytest.mark.parametrize("name, weights", [("Qwen3-VL-8B", 8.77e9), ("Qwen2.5-VL-7B", 8.29e9)])
@@ -238,7 +238,7 @@ def test_unsound(flags, message, workplace, monkeypatch):
     Path("broken/config.json").write_text("{")
     Path("rows/metadata.jsonl").write_text('{"file_name": "a.png"}')
     with pytest.raises(ValueError, match=message) as error:
-        train.parse([*flags.split(), "--dry_run"])
+        train.main([*flags.split(), "--dry_run"])
     assert "\n" not in str(error.value)
 
 

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lab import experiments, figures, runs
-from lab.experiments import TABLES, Flags
 
 import train
-from vppo import Batch, Config
+from config import Config
+from lab import experiments, figures, runs
+from lab.experiments import TABLES, Flags
+from vppo import Batch
 
 QUICK = ["--quick", "--data", "digits", "--jobs", "1"]
 FLAGS = Flags(data="digits", quick=True, output="nowhere")

@@ -20,12 +20,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import digits  # noqa: E402
 import reward  # noqa: E402
-import scenes  # noqa: E402
-import tiny  # noqa: E402
+from config import METHODS, NUMERICS, Config  # noqa: E402
+from laptop import (
+    digits,  # noqa: E402
+    scenes,  # noqa: E402
+    tiny,  # noqa: E402
+)
 from model import Policy  # noqa: E402
-from vppo import METHODS, NUMERICS, Config, train_step  # noqa: E402
+from vppo import train_step  # noqa: E402
 
 FILE = Path(__file__).with_name("golden.json")
 SIZES = dict(prompts_per_step=4, group_size=4, max_new_tokens=8, steps=10)

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import Example
+from prompts import Example
 
 WORDS = "zero one two three four five six seven eight nine".split()  # a digit *read* from the image is written as a word
-ASSET = Path(__file__).parent / "assets" / "digits.npz"
+ASSET = Path(__file__).parents[1] / "assets" / "digits.npz"
 # Disjoint pools of handwriting: every ninth of the 1,797 digits to `val`, two ninths to `test`, so that all 13 writers are in
 # each. Settings are chosen on `val`; `test` is for final tables.
 POOLS = {"train": (1, 2, 3, 5, 6, 7), "val": (0,), "test": (4, 8)}

@@ -13,9 +13,9 @@ Built to compare methods on: harder than the digits task (digits.py), whose hand
 import numpy as np
 from PIL import Image
 
-import digits
-from data import Example
-from digits import GUESSES, SYNONYMS, WORDS, Digits, draw_digit, is_computed, is_reading  # noqa: F401  (the task's, too)
+from laptop import digits
+from laptop.digits import GUESSES, SYNONYMS, WORDS, Digits, draw_digit, is_computed, is_reading  # noqa: F401  (the task's, too)
+from prompts import Example
 
 SHAPES = [(2, 3), (2, 4), (3, 3)]  # rows, columns
 ROWS = {2: ["top", "bottom"], 3: ["top", "middle", "bottom"]}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLConfig
 
-import memory
-from memory import MODELS, count_parameters, layer_bytes, memory_per_gpu, qwen
+import dryrun
+from dryrun import MODELS, count_parameters, layer_bytes, memory_per_gpu, qwen
 from rollout import Rollout
 
 GIB = 2**30
@@ -55,7 +55,7 @@ def test_parameters_by_hand():
 def test_published_sizes(name, weights):
     total, root, unit = count_parameters(qwen(**MODELS[name])[0])
     assert total == pytest.approx(weights, rel=0.01)
-    text = dict(zip(memory.TEXT, MODELS[name]["text"]))
+    text = dict(zip(dryrun.TEXT, MODELS[name]["text"]))
     tables = (1 if name == "3B" else 2) * text["vocab_size"] * text["hidden_size"]  # tied embeddings are one table
     merger = 5120 * 5120 + 5120 * text["hidden_size"]
     assert root == pytest.approx(tables + merger, rel=0.01)
@@ -200,7 +200,7 @@ def test_another_family():
 
 
 def test_table(capsys):
-    memory.main()
+    dryrun.main()
     header, _, *rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(rows) == 6 + 6 + 8 + 1
     for row in rows:
@@ -208,5 +208,5 @@ def test_table(capsys):
         assert len(cells) == header.count("|") - 1 and cells[-1] == "computed"
         assert cells[-2] == ("yes" if float(cells[-3]) <= 74.5 else "no")
         assert float(cells[-3]) == max(map(float, cells[4:8]))
-    shown = [line for line in Path(memory.__file__).with_name("README.md").read_text().splitlines() if line.endswith("| computed |")]
+    shown = [line for line in Path(dryrun.__file__).with_name("README.md").read_text().splitlines() if line.endswith("| computed |")]
     assert len(shown) >= 12 and set(shown) <= set(rows)

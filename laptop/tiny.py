@@ -11,7 +11,7 @@ warm-up stands in for pre-training: supervised learning in three parts.
 
 For scenes a part goes ahead in which the vision tower alone learns to name digits, and the drill is another (scenes.py).
 
-The result is kept under runs/tiny-HASH, where HASH names this file's recipes, the task's file and the library versions.
+The result is kept under runs/tiny-HASH, where HASH names the recipe, the code by its NUMERICS, and the library versions.
 """
 
 import hashlib
@@ -30,10 +30,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import digits
-import scenes
+from config import NUMERICS
 from data import load_data
-from model import Policy, encode, image_text_processor, save
+from laptop import digits, scenes
+from model import Policy, image_text_processor, save
+from prompts import encode
 
 RECIPE = dict(
     layers=4, width=128, vision_layers=3, vision_width=96, rope_theta=10.0, mrope_section=[2, 4, 10], embedding_std=0.5, seed=0,
@@ -149,7 +150,7 @@ def warm_up(policy, recipe, task=digits, progress=True):
     The learning rate is constant for the first half, then falls linearly to 0.
     """
     rng = np.random.default_rng(recipe["seed"])
-    data, tokenizer = load_data(task.__name__, "train"), policy.processor.tokenizer
+    data, tokenizer = load_data(task_name(task), "train"), policy.processor.tokenizer
     show = None if progress else True  # tqdm: None hides the bar where output is not a terminal
     # The pool lies far out in the endless training split, where RL never gets to.
     examples = [data[2**30 + i] for i in range(recipe["scenes"])]
@@ -194,19 +195,23 @@ def warm_up(policy, recipe, task=digits, progress=True):
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
+def task_name(task):
+    """The --data of a task's module: "digits" or "scenes"."""
+    return task.__name__.split(".")[-1]
+
+
 def task_of(data):
     """The task that a tiny model is warmed up on for some --data: digits where that is none of the two."""
     return scenes if data == "scenes" else digits
 
 
 def folder_name(model="tiny", data="digits"):
-    """tiny-HASH, tiny-scenes-HASH, ...: names what the weights depend on: this file, its imports, the library versions."""
+    """tiny-HASH, tiny-scenes-HASH, ...: named by what the weights depend on: the recipe, NUMERICS for the code, library versions."""
     task = task_of(data)
-    if (model, task.__name__) not in RECIPES:
+    if (model, task_name(task)) not in RECIPES:
         raise ValueError(f"--model {model} has no recipe for --data {data}: use it with --data scenes, or take --model tiny")
-    files = ["tiny.py", "digits.py", "model.py"] + ["scenes.py"] * (task is scenes)
-    text = "".join((Path(__file__).parent / name).read_text() for name in files)
-    text += f"{torch.__version__}{transformers.__version__}{tokenizers.__version__}"
+    recipe = RECIPES[model, task_name(task)]
+    text = f"{NUMERICS} {recipe} {torch.__version__} {transformers.__version__} {tokenizers.__version__}"
     return f"{model}{'-scenes' * (task is scenes)}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
@@ -221,7 +226,7 @@ def ensure(root="runs", progress=True, model="tiny", data="digits"):
     start = time.time()
     print("warming up the tiny model: supervised learning for some minutes, once; the result is kept", flush=True)
     task = task_of(data)
-    recipe = RECIPES[model, task.__name__]
+    recipe = RECIPES[model, task_name(task)]
     processor = build_processor(task)
     policy = Policy(build_model(processor, **recipe), processor)
     warm_up(policy, recipe, task, progress)
