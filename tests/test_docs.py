@@ -9,7 +9,6 @@ import inspect
 import json
 import re
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,7 +100,7 @@ def test_every_link_leads_somewhere(page):
         if not inside or not file.exists():
             lost.append(target)
         elif mark and (file.suffix != ".md" or mark not in anchors(file.resolve().relative_to(ROOT).as_posix())):
-            lost.append(target)
+            lost.append(target)  # only our own pages have anchors that can be checked
     assert not lost
 
 
@@ -240,12 +239,15 @@ def test_docs_results_has_the_results_numbers():
     assert all((f"### [{name}]" in (ten if seeds == 10 else three)) for name, seeds in seen.items())
 
 
-def number(name, label, key="mean", scale=1, form=".1f"):
-    """A number of results/ as text; "difference +- half" for key "difference"."""
+def number(name, label, scale=1, form=".1f"):
+    """A row's number as text."""
+    return f"{scale * result(name)[label]['mean']:{form}}"
+
+
+def difference(name, label):
+    """A row's difference to the one it is compared with, and half of its interval, as text."""
     cell = result(name)[label]
-    if key.endswith("difference"):
-        return f"{scale * cell[key]:+.1f} +- {cell[f'{key}_half']:.1f}".replace("+-0.0", "0.0")
-    return f"{scale * cell[key]:{form}}"
+    return f"{cell['difference']:+.1f} +- {cell['difference_half']:.1f}"
 
 
 def test_sentences_have_the_results_numbers():
@@ -267,7 +269,7 @@ def test_sentences_have_the_results_numbers():
         ("table1", "DAPO", "DAPO does not beat GRPO**: {}"),
         ("table1_large", "DAPO", "with the larger model {}"),
     ]:
-        assert sentence.format(number(name, label, "difference")) in results, sentence
+        assert sentence.format(difference(name, label)) in results, sentence
     blind = [result("table1")[label] for label in ("base", "GRPO", "DAPO", "VPPO")]
     shares = [f"{cell['blind']:.1f} +- {cell['blind_half']:.1f} %" for cell in blind]
     assert f"{blind[0]['blind']:.0f} % of the base's responses read no digit" in results
