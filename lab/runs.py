@@ -4,10 +4,9 @@
     dependency  no training: S of the warmed-up model's responses for every mask and metric; which tokens are read is known
     overhead    no training: seconds of a DAPO and of a VPPO step, in turn, on the same responses
 
-The record is kept as HASH.json; HASH names what its numbers depend on, settings and code. A run asked for again is found.
+The record is kept as HASH.json. HASH names what its numbers depend on: the settings, and NUMERICS for the code. A run asked for again is found.
 """
 
-import ast
 import functools
 import hashlib
 import importlib
@@ -31,12 +30,9 @@ from eval import evaluate
 from model import Policy, encode, load, with_images
 from rollout import generate
 from train import MAY_CHANGE
-from vppo import Config, check, modulate, train_step
+from vppo import NUMERICS, Config, check, modulate, train_step
 
 ROOT = Path(__file__).parents[1]
-CODE = (
-    "vppo loss dependency rollout reward model data prompts eval tiny digits lab/runs".split()
-)  # what the numbers come from, and the task
 KEPT = """reward no_signal prompts_sampled response_length truncated entropy clip_fraction grad_norm gradient_tokens
           dependency_mean alpha_max seconds_rollout seconds_score seconds_update""".split()
 
@@ -44,19 +40,6 @@ KEPT = """reward no_signal prompts_sampled response_length truncated entropy cli
 # ---------------------------------------------------------------------------------------------------------------------
 # Records
 # ---------------------------------------------------------------------------------------------------------------------
-@functools.cache
-def code_hash(task):
-    """Names the code without comments, docstrings and layout, which change no number."""
-    text = ""
-    for name in dict.fromkeys([*CODE, task]):
-        tree = ast.parse((ROOT / f"{name}.py").read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-                del node.body[0]
-        text += ast.unparse(tree)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def configure(settings):
     """Settings -> (kind, variant, Config): Config fields, beside them `kind` (in KINDS) and `variant` (in VARIANTS)."""
     fields = dict(settings)
@@ -67,10 +50,14 @@ def configure(settings):
 
 
 def identity(settings):
-    """All that a run's numbers depend on: the code, every config field but those that change speed, memory and files."""
+    """All that a run's numbers depend on: the arithmetic (NUMERICS), the kind of run, and each field of the config that is not at its default.
+
+    Fields that change only speed, memory and files are left out.
+    """
     kind, variant, cfg = configure(settings)
-    fields = {name: value for name, value in asdict(cfg).items() if name not in MAY_CHANGE | {"output"}}
-    return {"kind": kind, "variant": variant, "code": code_hash(cfg.data), **fields}
+    defaults = asdict(Config())
+    fields = {name: value for name, value in asdict(cfg).items() if value != defaults[name] and name not in MAY_CHANGE | {"output"}}
+    return {"numerics": NUMERICS, "kind": kind, "variant": variant, **fields}
 
 
 def file_of(settings, folder):
