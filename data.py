@@ -272,14 +272,6 @@ def choose(splits, split, name, own):
     return found[0] if found else None
 
 
-def check_rows(cfg):
-    """Raise ValueError with one sentence if a flag on rows, of a Config or EvalConfig, makes no sense."""
-    if cfg.text_only not in ("refuse", "train"):
-        raise ValueError(f"--text_only '{cfg.text_only}' is unknown: choose one of refuse, train")
-    if cfg.min_pixels < 0 or cfg.max_pixels < 0 or 0 < cfg.max_pixels < cfg.min_pixels:
-        raise ValueError(f"--min_pixels {cfg.min_pixels} and --max_pixels {cfg.max_pixels} are no range: 0 is no limit")
-
-
 def load_data(name, split, cfg=None, first=None, own=False):
     """A sequence of Examples; None where the data set has no such split, for there is nothing to evaluate on.
 

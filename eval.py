@@ -21,8 +21,8 @@ import torch
 import benchmarks
 import distributed
 import report
-from config import command_line, option
-from data import INSTRUCTION, check_rows, load_data
+from config import check_fields, command_line, option
+from data import INSTRUCTION, load_data
 from laptop import tiny
 from model import Policy, load
 from prompts import first_prompt, usable
@@ -144,13 +144,8 @@ def describe(scores, samples):
 def main(argv=None):
     """The command line."""
     cfg = EvalConfig(**vars(command_line(EvalConfig, __doc__).parse_args(argv)))
+    check_fields(cfg)
     check_grader(cfg.grader)
-    if cfg.samples < 1 or cfg.prompts < 0 or cfg.max_new_tokens < 1 or cfg.temperature <= 0 or not 0 < cfg.top_p <= 1:
-        others = "--prompts not be negative, --temperature be positive and --top_p be in (0, 1]"
-        raise ValueError(f"--samples must be at least 1, --max_new_tokens too, {others}")
-    if cfg.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"--dtype '{cfg.dtype}' is unknown: choose one of float32, bfloat16")
-    check_rows(cfg)
     copy = "" if cfg.data == EvalConfig.data else cfg.data
     pixels = cfg.min_pixels, cfg.max_pixels
     sets = {name: benchmarks.load(name, copy, cfg.instruction, pixels) for name in benchmarks.named(cfg.benchmark)}
