@@ -314,6 +314,8 @@ def run_of(path):
 
 def output_folder(cfg):
     """Where a new run goes: --output, which must not hold another run, or the default with the next free number."""
-    if cfg.output and (Path(cfg.output) / "config.json").exists():
-        raise ValueError(f"--output {cfg.output} already holds a run's config.json: choose another folder, or --resume it")
+    for name in ("config.json", "metrics.jsonl", "checkpoints") if cfg.output else ():
+        if os.path.lexists(Path(cfg.output, name)):
+            advice = "choose another folder, or --resume it" if name == "config.json" else "choose another folder"
+            raise ValueError(f"--output {cfg.output} already holds a run's {name}: {advice}")
     return Path(cfg.output) if cfg.output else next(folder for folder in numbered(default_folder(cfg)) if not folder.exists())

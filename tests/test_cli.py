@@ -195,7 +195,7 @@ def test_switched_off_evaluation_and_checkpoints(start, workplace, some_right):
     off = "--steps 1 --eval_every 0 --save_every 0 --test_prompts 0".split()
     folder, summary = run(start, "--output", "out", *off)
     left = {path.name for path in folder.iterdir()} - {"curves.png"}  # where matplotlib is installed
-    assert left == {"config.json", "metrics.jsonl", "samples.jsonl", "summary.json"}
+    assert left == {".lock", "config.json", "metrics.jsonl", "samples.jsonl", "summary.json"}
     assert not any("_at_" in key for key in summary)
 
 

@@ -269,14 +269,14 @@ def test_a_bad_row_is_named_or_skipped(tmp_path, bad, message, reader):
             load(folder)  # before any model is loaded
     left_out = {"prompts_too_long": [], "bad_rows": []}
     cfg = Config(skip_bad_rows=True)
-    found = usable(reader, load_data(str(folder), "train", cfg).__getitem__, range(3), cfg, left_out)
+    found = usable(reader, load_data(str(folder), "train", cfg), range(3), cfg, left_out)
     assert [i for i, _, _ in found] == [0, 2] and not left_out["prompts_too_long"]
     (sentence,) = left_out["bad_rows"]
     assert "\n" not in sentence and sentence.startswith(f"{folder}/metadata.jsonl, line 2: ")
     if (bad, message) in BAD_PICTURES:
         dataset = load(folder)  # pixels are not read yet
         with pytest.raises(ValueError, match=rf"metadata\.jsonl, line 2: .*{message}") as error:
-            usable(reader, dataset.__getitem__, range(3), Config(), left_out)
+            usable(reader, dataset, range(3), Config(), left_out)
         assert str(error.value) == sentence
 
 
@@ -355,7 +355,8 @@ WORKER = """
 import sys
 from types import SimpleNamespace
 sys.path[:0] = [{root!r}, {tests!r}]
-import distributed, tiny
+import distributed
+from laptop import tiny
 from test_data import collected
 distributed.start()
 found = distributed.gather(collected(SimpleNamespace(processor=tiny.build_processor())))
@@ -393,10 +394,10 @@ def test_the_first_prompt_that_can_be_used(reader, tmp_path):
     rows = [row(problem="what is it ? " * 20), row(file_name="gone.png"), row(problem="what ?"), row()]
     cfg = Config(max_prompt_tokens=40, instruction="", skip_bad_rows=True)
     dataset = load_data(str(write_folder(tmp_path, rows)), "train", cfg)
-    prompt = first_prompt(reader, dataset.__getitem__, range(4), cfg)
+    prompt = first_prompt(reader, dataset, range(4), cfg)
     assert prompt["input_ids"].tolist() == encode(reader.processor, dataset[2], cfg.system_prompt)["input_ids"].tolist()
     with pytest.raises(ValueError, match="none of the first 2 prompts can be used, among them .*line 1"):
-        first_prompt(reader, dataset.__getitem__, range(2), cfg)
+        first_prompt(reader, dataset, range(2), cfg)
 
 
 def test_ranks_share_the_same_prompts(reader, tmp_path):
@@ -408,7 +409,7 @@ def test_ranks_share_the_same_prompts(reader, tmp_path):
 
 
 def test_prompts_that_are_all_too_long_end_the_run(reader):
-    cfg, left_out = Config(max_prompt_tokens=3, prompts_per_step=4), {"prompts_too_long": [], "bad_rows": []}
+    cfg, left_out = Config(max_prompt_tokens=5, prompts_per_step=4), {"prompts_too_long": [], "bad_rows": []}
     with pytest.raises(ValueError, match=r"not one in ten can be used, among them digits train\[\d+\]: prompt of \d+ tokens"):
         fetch(reader, Digits("train"), cfg, 0, 4, left_out)
 
@@ -532,9 +533,9 @@ def test_a_bad_row_of_a_table_is_named_or_skipped(images, answer, message, strea
     left_out = {"prompts_too_long": [], "bad_rows": []}
     with pytest.raises(ValueError, match=rf"t\.parquet train\[1\]: .*{message}") as error:
         dataset = load_data(str(tmp_path / "t.parquet"), "train", Config(streaming=streaming), 0)
-        usable(reader, dataset.__getitem__, range(3), Config(), left_out)
+        usable(reader, dataset, range(3), Config(), left_out)
     cfg = Config(skip_bad_rows=True, streaming=streaming)
-    found = usable(reader, load_data(str(tmp_path / "t.parquet"), "train", cfg, 0).__getitem__, range(3), cfg, left_out)
+    found = usable(reader, load_data(str(tmp_path / "t.parquet"), "train", cfg, 0), range(3), cfg, left_out)
     assert [example.answer for _, example, _ in found] == ["0", "2"] and left_out["bad_rows"] == [str(error.value)]
 
 
@@ -600,7 +601,7 @@ def test_a_stream_that_breaks_off_is_no_bad_row(datasets, tmp_path, reader):
     assert dataset.where(4) == f"{name} train, row 4 of the shuffled stream"
     name.unlink()
     with pytest.raises(OSError, match=f"data '{name}' cannot be read"):
-        usable(reader, dataset.__getitem__, [0], cfg, {"prompts_too_long": [], "bad_rows": []})
+        usable(reader, dataset, [0], cfg, {"prompts_too_long": [], "bad_rows": []})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
