@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import model
-from data import Example
-from model import Policy, encode, load, save
+from model import Policy, load, save
+from prompts import Example, encode
 
 EXAMPLE = Example([Image.new("RGB", (56, 28), "red")], "what is the digit ?", "1")
 
@@ -292,20 +292,20 @@ def test_no_generation_settings(folder):
 
 TEMPLATES = {
     "loops": ("{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}", "longer than"),
-    "loops long": ("{% for i in range(10**9) %}a{% endfor %}", "refuses the messages"),
+    "loops long": ("{% for i in range(10**9) %}a{% endfor %}", "Range too big"),
     "divides by zero": ("{{ 1 / 0 }}", "division by zero"),
     "no template": ("{% for", "refuses the messages"),
     "unknown filter": ("{{ 3 | nothing }}", "refuses the messages"),
     "refuses": ("{{ raise_exception('no images') }}", "no images"),
-    "adds what does not fit": ("{{ messages + 3 }}", "refuses the messages"),
+    "adds what does not fit": ("{{ messages + 3 }}", "concatenate"),
     "reaches out": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses the messages"),
-    "deep": ("{% macro a(n) %}{{ a(n + 1) }}{% endmacro %}{{ a(0) }}", "refuses the messages"),
+    "deep": ("{% macro a(n) %}{{ a(n + 1) }}{% endmacro %}{{ a(0) }}", "recursion"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_chat_templates(name, folder, capfd, monkeypatch):
-    monkeypatch.setattr(model, "TEMPLATE_LIMIT", 1)
+    monkeypatch.setattr(model, "FIRST_LIMIT", 1)
     template, reason = TEMPLATES[name]
     (folder / "chat_template.jinja").write_text(template)
     refused(folder, reason, capfd)
