@@ -210,7 +210,7 @@ class Stream:
         return row
 
 
-def read_tables(name, split, cfg, first, own):
+def read_tables(name, split, cfg, limit, own):
     """A hub id, or a local file or folder of parquet or arrow, through `datasets`. Arguments as in load_data."""
     try:
         import datasets
@@ -237,7 +237,7 @@ def read_tables(name, split, cfg, first, own):
     if streaming:
         stream = rows.decode(False) if rows.features else rows  # images as the bytes that are stored
         with readable(name):
-            head = list(itertools.islice(stream, 1 if first is None else first or None))
+            head = list(itertools.islice(stream, 1 if limit is None else limit or None))
         read, length = head.__getitem__, len(head)
     else:
         tables = rows.with_format("arrow")  # row i as a table of one row, images as the bytes that are stored
@@ -249,7 +249,7 @@ def read_tables(name, split, cfg, first, own):
     for flag, column in flags.items():
         if column not in columns and (flag != "images" or cfg.text_only == "refuse"):
             raise ValueError(f"data '{name}' has no column {column} (found {', '.join(columns)}): give --{flag}_column")
-    if streaming and first is None:
+    if streaming and limit is None:
         read, length = Stream(stream.shuffle(seed=cfg.seed, buffer_size=SHUFFLE_BUFFER), name).__getitem__, None
         where = f"{name} {found}, row {{}} of the shuffled stream".format
     elif not streaming and not cfg.skip_bad_rows:  # texts are cheap to check; images wait for their turn
@@ -280,11 +280,11 @@ def check_rows(cfg):
         raise ValueError(f"--min_pixels {cfg.min_pixels} and --max_pixels {cfg.max_pixels} are no range: 0 is no limit")
 
 
-def load_data(name, split, cfg=None, first=None, own=False):
+def load_data(name, split, cfg=None, limit=None, own=False):
     """A sequence of Examples; None where the data set has no such split, for there is nothing to evaluate on.
 
     cfg:   a Config or EvalConfig; the laptop's tasks need none
-    first: with --streaming, how many rows to keep for evaluation (0: all); None streams without end, for training
+    limit: with --streaming, how many rows to keep for evaluation (0: all); None streams without end, for training
     own:   the data set was named for this purpose: if it has a single split, that one, and if it has no such split, an error
 
     Raises ValueError, ImportError or OSError of one sentence for what cannot be read.
@@ -309,11 +309,11 @@ def load_data(name, split, cfg=None, first=None, own=False):
     if not (path.is_dir() or path.is_file() and path.suffix in TABLES or hub):
         known = "digits, scenes, an existing folder, a .jsonl, .parquet or .arrow file, or a hub id OWNER/NAME"
         raise ValueError(f"data '{name}' is unknown: give {known}")
-    return read_tables(name, split, cfg, first, own)
+    return read_tables(name, split, cfg, limit, own)
 
 
 def sources(cfg):
-    """What a run reads for training, validation and test: load_data's (name, split, first, own); None for what it does not use."""
+    """What a run reads for training, validation and test: load_data's (name, split, limit, own); None for what it does not use."""
     val = (cfg.val_data or cfg.data, "val", cfg.eval_prompts, bool(cfg.val_data)) if cfg.eval_every else None
     test = (cfg.test_data or cfg.data, "test", cfg.test_prompts, bool(cfg.test_data)) if cfg.test_prompts else None
     return [(cfg.data, "train", None, False), val, test]

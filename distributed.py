@@ -32,7 +32,7 @@ def start(minutes=60):
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         store, number, ranks = next(dist.rendezvous("env://"))
         # After a restart the store may still hold the addresses of processes that are gone: a name of its own for each start.
-        # Several nodes count restarts each for itself, so there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has to do it (README).
+        # Several nodes count restarts each for itself, so there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has to do it (docs/cluster.md).
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
             store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         # gloo moves what lies in CPU memory (counts, rewards), nccl what lies on a GPU (gradients, weights).
@@ -98,7 +98,7 @@ def join(values):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The engine: what the update calls instead of the policy, so that gradients meet
+# The engine: what the update calls instead of the policy, so that the gradients of all ranks are added up
 # ---------------------------------------------------------------------------------------------------------------------
 def engine(policy, shard=False):
     """The policy, made ready for several ranks: itself (one process), wrapped by DDP, or sharded in place by FSDP2.
@@ -119,14 +119,14 @@ def engine(policy, shard=False):
 
 
 def bare(engine):
-    """The policy inside the engine: DDP hides it behind `module`."""
+    """The policy inside the engine, which DDP keeps in its attribute `module`."""
     return getattr(engine, "module", engine)
 
 
 def passes(engine, pieces, response_mask):
     """The micro-batches of one update, in turn: yields (prompts, rows, response mask of the rows), with a progress bar.
 
-    All ranks get equally many, because their gradients meet in the backward pass. A rank that has fewer pieces than another runs its
+    All ranks get equally many, because a backward pass waits for the gradients of the other ranks. A rank that has fewer pieces than another runs its
     first response again with an empty mask, which counts nowhere. DDP exchanges gradients in the last pass only. FSDP2
     exchanges them in every pass, so that no rank ever holds all of them.
     """

@@ -396,9 +396,9 @@ class Policy(nn.Module):
         # Added to attention scores. The smallest bfloat16 and not -inf: a padded row sees nothing and must not become NaN.
         barrier = torch.zeros(sees.shape, dtype=self.model.dtype, device=self.device).masked_fill(~sees, torch.finfo(torch.bfloat16).min)
         states = body(**batch | {"attention_mask": barrier}, position_ids=position, use_cache=False)[0]  # (Q, N, H)
-        first = states[:, L - 1 : L, None].expand(-1, copies, -1, -1)  # (Q, 1, H) -> (Q, G, 1, H)
+        opening = states[:, L - 1 : L, None].expand(-1, copies, -1, -1)  # (Q, 1, H) -> (Q, G, 1, H)
         rest = states[:, L:].reshape(Q, copies, tail, -1)
-        return torch.cat([first.reshape(Q, copies, 1, -1), rest], dim=2).flatten(0, 1)
+        return torch.cat([opening.reshape(Q, copies, 1, -1), rest], dim=2).flatten(0, 1)
 
     def own_head(self, states):
         """(N, H) -> (N, V) logits by the model's own forward pass, whose body is made to return the given states."""

@@ -185,16 +185,16 @@ def first_prompt(policy, get, places, cfg):
 def fetch(policy, dataset, cfg, position, wanted, left_out):
     """This rank's next `wanted` prompts, [(position, example, prompt)], and the run's new position, the same on all ranks.
 
-    Those left out are replaced by the next in line: each pass takes as many positions in a row as are missing over all ranks,
-    so which ones a batch is made of does not depend on the number of ranks.
+    A prompt that is left out is replaced by the next in line. Each pass takes as many positions in a row as are missing over all
+    ranks, so the prompts of a batch do not depend on the number of ranks.
     """
-    found, start = [], position
+    found, begin = [], position
     while sum(missing := distributed.gather([wanted - len(found)])):
-        if position - start > 1000 + 10 * cfg.prompts_per_step:
+        if position - begin > 1000 + 10 * cfg.prompts_per_step:
             last = distributed.gather([sentence for sentences in left_out.values() for sentence in sentences[-1:]])[-1]
-            raise ValueError(f"of {position - start} prompts in a row not one in ten can be used, among them {last}")
-        first = position + sum(missing[: distributed.rank()])
-        mine = range(first, first + missing[distributed.rank()])
+            raise ValueError(f"of {position - begin} prompts in a row not one in ten can be used, among them {last}")
+        start = position + sum(missing[: distributed.rank()])  # the ranks take their positions one after the other
+        mine = range(start, start + missing[distributed.rank()])
         found += usable(policy, lambda p: example_at(dataset, p, cfg.seed), mine, cfg, left_out)
         position += sum(missing)
     return found, position

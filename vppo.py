@@ -180,9 +180,9 @@ def modulate(batch, cfg):
 # ---------------------------------------------------------------------------------------------------------------------
 def deal(batch, cfg):
     """The groups of each update, as lists of their numbers: group after group, in turn, counted over all ranks."""
-    first = distributed.before(len(batch.examples))  # groups of the ranks before this one
+    earlier = distributed.before(len(batch.examples))  # how many groups the ranks before this one have; on one process 0
     updates = cfg.updates_per_rollout
-    return [[q for q in range(len(batch.examples)) if (first + q) % updates == u] for u in range(updates)]
+    return [[q for q in range(len(batch.examples)) if (earlier + q) % updates == u] for u in range(updates)]
 
 
 def update(engine, optimizer, batch, groups, cfg):

@@ -12,6 +12,7 @@ from PIL import Image
 import benchmarks
 import data
 import eval as evaluation
+import reward
 from benchmarks import BENCHMARKS, PUBLISHED, Rows, as_letter, load, named, with_options, write
 from config import Config
 from laptop import tiny
@@ -357,7 +358,7 @@ def test_the_command(datasets, tmp_path, start, monkeypatch, capsys):
     for name in ("geo3k", "wemath", "mmmu_pro"):
         write_parquet(datasets, rows_of(name), tmp_path / "sets" / name / "a.parquet")
     truths = {"6 \\sqrt { 3 }": 1.0, "2": 0.0, "B": 1.0, "A": 1.0}
-    monkeypatch.setattr(evaluation.reward, "grade", lambda text, truth, grader: truths[truth])
+    monkeypatch.setattr(reward, "grade", lambda text, truth, grader: truths[truth])
     flags = f"--model {start} --benchmark mmmu_pro,geo3k,wemath --data {tmp_path / 'sets'} --output {tmp_path / 'out'}"
     report = ["--report", str(tmp_path / "page.html")]
     evaluation.main([*flags.split(), "--samples", "2", "--max_new_tokens", "3", "--prompts", "0", *report])

@@ -15,6 +15,7 @@ import loss
 import model
 import prompts
 import report
+import reward
 from laptop import tiny
 from laptop.digits import Digits
 from prompts import Example
@@ -44,7 +45,7 @@ def boxes(*answers):
     ],
 )
 def test_majority_by_hand(answers, right, expected):
-    rewards = [evaluation.reward.grade(text, right) for text in boxes(*answers)]
+    rewards = [reward.grade(text, right) for text in boxes(*answers)]
     assert evaluation.majority(boxes(*answers), rewards) == pytest.approx(expected)
 
 
