@@ -1,6 +1,5 @@
 """The grader: pairs that are equal, pairs that are not, where the answer is found, and text written to break it."""
 
-import os
 import random
 import signal
 import subprocess
