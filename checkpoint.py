@@ -143,6 +143,8 @@ def restore(policy, optimizer, path):
         set_optimizer_state_dict(policy, optimizer, content["optimizer"], options=options)
         for name in parameters.keys() - states.keys():
             optimizer.state.pop(parameters[name], None)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path / 'trainer.pt'} does not fit the model ({reason})") from error
