@@ -146,8 +146,8 @@ def test_shades_and_boxes_are_the_methods_own(policy, made):
             assert [kept for _, _, kept in row] == loss.token_filter(S, rollout.response_mask)[0].tolist()
             means.append(S.mean())
     alpha = loss.shaping_factors(torch.stack(means))  # over all responses of the page
-    for i, (reward, advantage, factor, mean) in enumerate(facts):
-        assert float(reward) == i % 2 and float(advantage) == pytest.approx(0.7071 * (2 * (i % 2) - 1), abs=0.006)
+    for i, (shown, advantage, factor, mean) in enumerate(facts):
+        assert float(shown) == i % 2 and float(advantage) == pytest.approx(0.7071 * (2 * (i % 2) - 1), abs=0.006)
         assert float(factor) == pytest.approx(alpha[i].item(), abs=0.006)
         assert float(mean) == pytest.approx(means[i].item(), rel=0.02)
     assert len(facts) == 4

@@ -231,9 +231,9 @@ def poisoned(monkeypatch, calls):
     """policy_loss returns NaN at some of its calls (None: at all)."""
     original, count = loss.policy_loss, []
 
-    def nan(*arguments, **words):
+    def nan(*arguments, **named):
         count.append(1)
-        value, numbers = original(*arguments, **words)
+        value, numbers = original(*arguments, **named)
         return (value * float("nan") if calls is None or len(count) - 1 in calls else value), numbers
 
     monkeypatch.setattr(loss, "policy_loss", nan)
