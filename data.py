@@ -326,3 +326,7 @@ def load_source(source, cfg):
         for i in range(rank, min(source[2] or len(dataset), len(dataset)), ranks):
             dataset.example(i)
     return dataset
+
+
+if __name__ == "__main__":
+    sys.exit("data.py is no program: python train.py --data DATA --dry_run checks a data set")

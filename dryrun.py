@@ -14,6 +14,7 @@ communication buffers and the workspace of kernels. "80 GB" means 80e9 bytes = 7
 a tight fit may still fail.
 """
 
+import argparse
 import importlib.util
 import itertools
 import os
@@ -307,8 +308,9 @@ def epochs(prompts, rows):
     return f" = {prompts / rows:.2f} epochs of {rows:,} rows" if rows and rows < 2**31 else ""
 
 
-def main():
+def main(argv=None):
     """Print the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     rows = []  # name, config, arguments, GPUs, shard, activation checkpointing
     for name, entry in MODELS.items():
         for gpus, shard in [(1, False), (8, False), (8, True)] + [(32, True)] * (name == "32B"):
