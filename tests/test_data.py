@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from config import Config, check
 from data import load_data, open_image, resize
 from laptop import tiny
 from laptop.digits import Digits
-from prompts import encode, example_at, fetch, first_prompt, usable
+from prompts import encode, example_at, fetch, first_prompt, row_at, usable
 from vppo import train_step
 
 
@@ -425,6 +426,47 @@ def test_evaluation_leaves_out_and_says_so(policy, tmp_path):
     cfg.max_prompt_tokens = 3
     with pytest.raises(ValueError, match="no prompt to evaluate is left: .*line 1: prompt of"):
         evaluation.evaluate(policy, dataset, cfg, 0, 2)
+
+
+def test_bad_rows_are_named_once_and_all_of_them_end_the_run_at_once(tmp_path, reader, capsys):
+    folder = write_folder(tmp_path, [row(), row(file_name="no.png"), row(answer="")])
+    cfg = Config(skip_bad_rows=True, instruction="", prompts_per_step=4)
+    dataset, left_out = load_data(str(folder), "train", cfg), {"prompts_too_long": [], "bad_rows": []}
+    found, position = fetch(reader, dataset, cfg, 0, 4, left_out)
+    assert len(found) == 4 and 10 <= position <= 12 and len(left_out["bad_rows"]) == position - 4  # counted each time
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and {line.split(",")[1][:7] for line in lines} == {" line 2", " line 3"}
+    (folder / "a.png").write_bytes(b"no picture")
+    dataset = load_data(str(folder), "train", cfg)
+    rows = (row_at(dataset, p, 0) for p in range(1000))
+    with pytest.raises(ValueError, match="none of the first 3 prompts can be used, among them .*, line") as error:
+        first_prompt(reader, dataset, rows, cfg)
+    assert len(capsys.readouterr().err.splitlines()) == 3 and "\n" not in str(error.value)
+
+
+def test_a_row_is_read_no_more_when_it_has_been_found_too_long(tmp_path, reader, monkeypatch):
+    folder = write_folder(tmp_path, [row(), row(problem="what is it ? " * 200)])
+    limit = replace(LIMIT, instruction="")
+    dataset, opened = load_data(str(folder), "train", limit), []
+    original = data.open_image
+    monkeypatch.setattr(data, "open_image", lambda *words: opened.append(words) or original(*words))
+    left_out = {"prompts_too_long": [], "bad_rows": []}
+    fetch(reader, dataset, limit, 0, 5, left_out)
+    assert len(opened) == 6 and len(left_out["prompts_too_long"]) > 1
+
+
+def test_a_text_of_megabytes_is_not_cut_into_tokens(reader, monkeypatch):
+    monkeypatch.setattr("prompts.encode", None)
+    example = data.Example([Image.new("RGB", (28, 28))], "word " * 200_000, "1", "set, line 7")
+    left_out = {"prompts_too_long": [], "bad_rows": []}
+    assert usable(reader, [example], [0], Config(), left_out) == []
+    assert left_out["prompts_too_long"] == ["set, line 7: problem of 1,000,000 letters exceeds --max_prompt_tokens 4096"]
+
+
+def test_a_line_of_a_hundred_megabytes(tmp_path):
+    folder = write_folder(tmp_path, [row(), row(problem="x" * 20_000_000)])
+    with pytest.raises(ValueError, match="metadata.jsonl, line 2: longer than 16,000,000 bytes"):
+        load(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
