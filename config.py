@@ -232,7 +232,7 @@ def parse(argv=None, description=None):
         resume = Path(resume)
         run = run_of(resume)
         saved = read_fields(run / "config.json", "--resume")
-        if flags.output and Path(flags.output).resolve() != run.resolve():
+        if flags.output and os.path.realpath(flags.output) != os.path.realpath(run):
             raise ValueError(f"--output {flags.output} is not the folder of --resume {resume}: leave one of them out")
         argv = [*argv, f"--output={run}"]
     namespace = vars(parser.parse_args(as_words(saved) + argv))
@@ -262,7 +262,7 @@ def read_fields(file, flag):
             raise ValueError("it is no file")
         values = json.loads(Path(file).read_text(encoding="utf-8"), object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{flag} {file or repr(file)} cannot be read: {error}") from error
+        raise ValueError(f"{flag} {file or repr(file)} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{flag} {file} must hold one JSON object of fields")
     defaults = {field.name: field.default for field in fields(Config)}

@@ -82,12 +82,12 @@ def lock(folder):
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
-    HELD[Path(folder).resolve()] = file
+    HELD[os.path.abspath(folder)] = file
 
 
 def unlock(folder):
     """Let others into the folder again. Returns whether this process had locked it."""
-    file = HELD.pop(Path(folder).resolve(), None)
+    file = HELD.pop(os.path.abspath(folder), None)
     if file:
         file.close()
     return file is not None

@@ -155,8 +155,6 @@ def decide(cfg, resume):
         if resume:
             distributed.lock(run_of(resume))  # before a damaged checkpoint is renamed
         path = checkpoint_of(resume) if resume else None
-        if resume and path is None and (run_of(resume) / "summary.json").exists():
-            raise ValueError(f"--resume {resume}: the run has finished and has no checkpoint; to repeat it, choose another --output")
         folder = run_of(resume) if resume else output_folder(cfg)
         model_folder, seconds = tiny.ensure(model=cfg.model, data=cfg.data) if cfg.model in tiny.NAMES else (cfg.model, 0.0)
         decision = folder, path, model_folder, seconds

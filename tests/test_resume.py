@@ -432,7 +432,7 @@ def test_a_resume_that_fails_destroys_nothing(flags, reference, monkeypatch):
 def test_a_finished_run_without_checkpoints_is_not_emptied(flags):
     train.main([*flags, "--steps", "1", "--save_every", "0"])
     before = content("out")
-    with pytest.raises(ValueError, match="--resume out: the run has finished and has no checkpoint"):
+    with pytest.raises(ValueError, match="--resume out: the run is finished and has no checkpoint"):
         train.main(["--resume", "out"])
     assert content("out") == before and Path("out/summary.json") in before
 
