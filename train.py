@@ -132,6 +132,7 @@ def main(argv=None, **own):
     if writer:
         writer.close()
     if leave:
+        distributed.unlock(folder)
         if distributed.rank() == 0:
             print(f"stopped after step {progress['step']}, which is saved; go on with: --resume {folder}")
         return None
@@ -357,6 +358,7 @@ def finish(cfg, folder, progress, test_data, start, seconds_warmup):
         if any(progress["left_out"].values()):
             print("left out in training, each time it came up: "
                   + ", ".join(f"{what.replace('_', ' ')} {number}" for what, number in progress["left_out"].items()))  # fmt: skip
+        distributed.unlock(folder)
         print(f"{summary['seconds']:.0f} s of training and evaluation, {seconds_warmup:.0f} s of warm-up; everything is in {folder}")
     return summary
 
