@@ -321,7 +321,7 @@ def load_source(source, cfg):
     On several GPUs each process opens its share. With --skip_bad_rows broken ones are left out when their turn comes.
     """
     dataset = load_data(*source[:2], cfg, *source[2:]) if source else None
-    if isinstance(dataset, Rows) and source[1] != "train" and not cfg.skip_bad_rows:
+    if isinstance(dataset, Rows) and source[2] is not None and not cfg.skip_bad_rows:
         rank, ranks = (int(os.environ.get(name, number)) for name, number in (("RANK", 0), ("WORLD_SIZE", 1)))
         for i in range(rank, min(source[2] or len(dataset), len(dataset)), ranks):
             dataset.example(i)

@@ -25,6 +25,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
 
+import ending
 from config import Config
 from data import load_source, sources
 from laptop import tiny
@@ -310,7 +311,10 @@ def epochs(prompts, rows):
 
 def main(argv=None):
     """Print the table."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    unknown = parser.parse_known_args(argv)[1]
+    if unknown:
+        raise ValueError(f"unrecognized arguments: {' '.join(unknown)} (a run is described by python train.py --dry_run)")
     rows = []  # name, config, arguments, GPUs, shard, activation checkpointing
     for name, entry in MODELS.items():
         for gpus, shard in [(1, False), (8, False), (8, True)] + [(32, True)] * (name == "32B"):
@@ -330,4 +334,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main, "dryrun.py", "")

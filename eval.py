@@ -26,7 +26,7 @@ import benchmarks
 import distributed
 import report
 from config import check_fields, command_line, option
-from data import INSTRUCTION, load_data
+from data import INSTRUCTION, load_source
 from laptop import tiny
 from model import Policy, load
 from prompts import first_prompt, together, usable
@@ -181,14 +181,18 @@ class Kept:
 
     def write(self, records):
         """Add a batch: first its records, then that they are whole."""
-        with open(self.records, "a") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
         self.batches, self.lines = self.batches + 1, self.lines + len(records)
         state = {"settings": self.settings, "batches": self.batches, "lines": self.lines, "generator": torch.get_rng_state()}
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state()
-        torch.save(state, self.state.with_suffix(".new"))
-        os.replace(self.state.with_suffix(".new"), self.state)
+        try:
+            with open(self.records, "a") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in records))
+            torch.save(state, self.state.with_suffix(".new"))
+            os.replace(self.state.with_suffix(".new"), self.state)
+        except (OSError, RuntimeError) as error:  # torch.save has its own for a full disk
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{self.records} cannot be written ({reason}): make room and go on with --resume") from error
 
     def finish(self, records):
         """Write all ranks' records in order into one file (rank 0), and forget how they came."""
@@ -224,7 +228,7 @@ def main(argv=None):
     copy = "" if cfg.data == EvalConfig.data else cfg.data
     pixels = cfg.min_pixels, cfg.max_pixels
     sets = {name: benchmarks.load(name, copy, cfg.instruction, pixels) for name in benchmarks.named(cfg.benchmark)}
-    dataset = next(iter(sets.values())) if sets else load_data(cfg.data, cfg.split, cfg, cfg.prompts, own=True)
+    dataset = next(iter(sets.values())) if sets else load_source((cfg.data, cfg.split, cfg.prompts, True), cfg)
     device = distributed.start()
     folder = tiny.ensure(model=cfg.model, data=cfg.data)[0] if cfg.model in tiny.NAMES and distributed.rank() == 0 else cfg.model
     folder = distributed.gather([folder])[0]

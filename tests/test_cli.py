@@ -404,3 +404,16 @@ def test_one_line_on_stderr(command, message, workplace):
     done = subprocess.run([sys.executable, ROOT / script, *flags], capture_output=True, text=True)
     assert done.returncode != 0 and message in done.stderr
     assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("dryrun.py nope", "dryrun.py: unrecognized arguments: nope"),
+        ("data.py digits", "data.py is no program: python train.py --data DATA --dry_run checks a data set"),
+        ("-m lab.runs table2", "lab.runs is no program: python -m lab.experiments NAME"),
+    ],
+)
+def test_what_is_no_program_says_so(command, message):
+    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.startswith(message) and done.stderr.count("\n") == 1 and not done.stdout

@@ -584,6 +584,23 @@ def test_an_evaluation_goes_on_after_its_last_batch(flags, tiny_folder, monkeypa
     assert list(evaluate_alone("part", *chosen).values()) == list(whole.values())  # without the flag it starts again
 
 
+def test_a_broken_picture_behind_the_first_batches_is_found_before_them(flags, painted, tiny_folder):
+    spoil(Path("set/7.png"))
+    with pytest.raises(ValueError, match="set/metadata.jsonl, line 8: image .* does not open"):
+        evaluate_alone("part", "--model", "nowhere", "--data", "set", "--prompts", "0")
+    assert not Path("part").exists()
+    evaluate_alone("part", "--model", tiny_folder, "--data", "set", "--instruction=")  # seven prompts: the eighth is not needed
+
+
+def test_a_full_disk_in_an_evaluation(flags, tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("/dev/full is Linux")
+    kept = evaluation.Kept(tmp_path, {}, False)
+    kept.records = Path("/dev/full")
+    with pytest.raises(OSError, match=r"/dev/full cannot be written \(.*No space left on device\): make room and go on with --resume"):
+        kept.write([{"number": 0}])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Killed
 # ---------------------------------------------------------------------------------------------------------------------
