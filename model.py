@@ -8,8 +8,9 @@ image becomes), from the config (which ids stand for an image) and from the mode
 
 The prompt is shared by its group. The G responses to a prompt see the same image and the same question. So the prompt is run once,
 its key/value cache is repeated G times, and only the response tokens run on top. That holds in generation, in scoring, on the
-masked image and in the update, where the gradient flows back through the cache. The numbers are those of repeating the
-prompt G times (the *plain* path, kept as fallback and reference), at a fraction of the work: an image is hundreds of tokens.
+masked image and in the update. There the gradient of all G responses flows back through the repeated cache into the one prompt
+pass, and through it into the image tokens and the vision tower. The numbers are those of repeating the prompt G times (the *plain*
+path, kept as fallback and reference), at a fraction of the work: an image is hundreds of tokens.
 """
 
 from pathlib import Path
@@ -179,8 +180,10 @@ class Policy(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
 
     def path(self):
-        """How prompts are run now: "cache" (once, the cache repeated for the group), "packed" (once, the group's responses after
-        it in one sequence) or "plain" (once for each response). Activation checkpointing and FSDP2 cannot train through a cache.
+        """How prompts are run now. The docs call the first two "shared".
+
+        "cache": once, its cache repeated for the group. "packed": once, the group's responses after it in one sequence. "plain": once
+        for each response. Activation checkpointing and FSDP2 cannot train through a cache.
         """
         if not self.share_prompt:
             return "plain"

@@ -270,10 +270,6 @@ def grade(response, truth, grader="exact"):
     return float(GRADERS[grader](answer, truth))
 
 
-if __name__ == "__main__":
-    work()
-
-
 def grade_example(response, example, cfg):
     """The reward of training and evaluation: `grade` against the example's answer, by the grader that `cfg.grader` names.
 
@@ -282,3 +278,7 @@ def grade_example(response, example, cfg):
     response: str. example: prompts.Example, which also has problem and images. cfg: a Config or EvalConfig.
     """
     return grade(response, example.answer, cfg.grader)
+
+
+if __name__ == "__main__":
+    work()
