@@ -21,7 +21,8 @@ from pathlib import Path
 from PIL import Image
 
 import reward
-from data import INSTRUCTION, Example, join_prompt, open_image, resize
+from data import INSTRUCTION, join_prompt, open_image, resize
+from prompts import Example
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 READ = "The question is in the image. Read it there and answer it."  # for rows whose question is pixels, not text

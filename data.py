@@ -1,6 +1,6 @@
 """Examples: images, a problem, the true answer; and the data sets they come from.
 
-    digits, scenes              the laptop's tasks (digits.py, scenes.py)
+    digits, scenes              the laptop's tasks (laptop/)
     FOLDER, FILE.jsonl          Hugging Face's ImageFolder: metadata.jsonl with file_name (or file_names), problem, answer
     FOLDER, FILE.parquet, ...   parquet, arrow, or what `save_to_disk` wrote, read by the `datasets` package
     OWNER/NAME                  a data set of the hub, read by `datasets`
@@ -16,11 +16,14 @@ import json
 import math
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from laptop.digits import Digits
+from laptop.scenes import Scenes
+from prompts import Example
 
 # What the paper appends to every question (Section 4): think first, then a boxed answer that a program can find.
 INSTRUCTION = (
@@ -30,19 +33,6 @@ INSTRUCTION = (
 FORMATS = "BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP AVIF".split()  # Pillow hands some others (EPS) to outside programs
 TABLES = {".parquet": "parquet", ".arrow": "arrow"}  # file ending -> its reader in `datasets`
 SHUFFLE_BUFFER = 1000  # rows of a stream that wait in memory to be drawn at random
-
-
-@dataclass
-class Example:
-    """One row: what the policy sees (images, problem) and what the reward knows (answer)."""
-
-    images: list  # PIL images, in the order of the <image> placeholders; none in a text-only row
-    problem: str
-    answer: str
-    name: str = "example"  # where it comes from, for error messages: file and row
-    kind: str = ""  # laptop tasks: "sum", "difference", "yesno" or "count"
-    digits: tuple = ()  # laptop tasks: what the image really shows; of scenes a tuple per row
-    asked: str = ""  # scenes task: the row that the problem names
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,12 +290,8 @@ def load_data(name, split, cfg=None, first=None, own=False):
     Raises ValueError, ImportError or OSError of one sentence for what cannot be read.
     """
     if name == "digits":
-        from digits import Digits  # which needs Example from here
-
         return Digits(split)
     if name == "scenes":
-        from scenes import Scenes
-
         return Scenes(split)
     path = Path(name)
     if path.is_dir():
@@ -336,16 +322,3 @@ def sources(cfg):
 def load_source(source, cfg):
     """The data set of one of the `sources`."""
     return load_data(*source[:2], cfg, *source[2:]) if source else None
-
-
-def example_at(dataset, position, seed):
-    """The example at a run's `position` (0, 1, 2, ...): a fresh shuffle of the data set each epoch, keyed by (seed, epoch).
-
-    A stream is in such an order by itself. An endless data set is read in order from a place that depends on the seed.
-    """
-    if isinstance(dataset, Rows) and dataset.length is None:
-        return dataset[position]
-    if len(dataset) >= 2**31:
-        return dataset[(seed * 2**20 + position) % 2**30]
-    epoch, i = divmod(position, len(dataset))
-    return dataset[int(np.random.default_rng([seed, epoch]).permutation(len(dataset))[i])]

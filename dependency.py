@@ -89,14 +89,14 @@ def jsd(logits, masked_logits, ids=None):
     return ((p * (logp - logm)).sum(dim=-1) / 2 + (q * (logq - logm)).sum(dim=-1) / 2).clamp(min=0)
 
 
-def sampled(logits, ids):
-    """log p of the sampled token: (..., V), (...) -> (...)."""
+def token_logprobs(logits, ids):
+    """log p of the sampled tokens, in nats: (..., V), (...) -> (...)."""
     return logits.float().gather(-1, ids[..., None])[..., 0] - logits.float().logsumexp(dim=-1)
 
 
 def probability_drop(logits, masked_logits, ids):
     """p(o_t) - p'(o_t) of the sampled token (Table 12); in [-1, 1], negative where the masked image makes it likelier."""
-    return sampled(logits, ids).exp() - sampled(masked_logits, ids).exp()
+    return token_logprobs(logits, ids).exp() - token_logprobs(masked_logits, ids).exp()
 
 
 def k3(logits, masked_logits, ids):
@@ -106,7 +106,7 @@ def k3(logits, masked_logits, ids):
 
     Example: p(o) = 1/2, p'(o) = 1/4: d = -log 2, S = 1/2 + log 2 - 1 = 0.1931.
     """
-    d = (sampled(masked_logits, ids) - sampled(logits, ids)).clamp(-20, 20)
+    d = (token_logprobs(masked_logits, ids) - token_logprobs(logits, ids)).clamp(-20, 20)
     return (d.exp() - d - 1).clamp(0, 10)
 
 
@@ -117,37 +117,41 @@ METRICS = {"kl": kl, "jsd": jsd, "drop": probability_drop, "k3": k3}
 # The two scoring passes
 # ---------------------------------------------------------------------------------------------------------------------
 def mask_images(images, mask, key):
-    """Masked copies of one prompt's images, drawn by a generator keyed by the integers `key`: seed, position in the data, draw."""
+    """Masked copies of one prompt's images.
+
+    mask: a name in MASKS, or a function (image, rng) -> image of your own. key: the integers that all randomness comes from, which
+    are the seed, the example's position in the data and the number of the draw.
+    """
     rng = np.random.default_rng(key)
-    return [MASKS[mask](image.convert("RGB"), rng) for image in images]
+    hide = MASKS[mask] if isinstance(mask, str) else mask
+    return [hide(image.convert("RGB"), rng) for image in images]
 
 
 @torch.no_grad()
-def score(policy, rollout, masked_prompts=None, metric="kl", tokens_per_batch=16384, states=None):
+def score(policy, rollout, masked_prompts=None, metric="kl", tokens_per_batch=16384):
     """One scoring pass over a rollout batch: what phase 3 and the objective need to know about pi_old.
 
     policy:         model.Policy; rollout: rollout.Rollout with Q prompts and B responses.
-    masked_prompts: the same prompts encoded with masked images, Q of them (one per prompt) or B (one per response);
-                    None skips the second pass (DAPO and GRPO do not need it) and gives S = 0.
-    metric:         a name in METRICS.
-    tokens_per_batch: changes memory, not numbers.
-    states:         (B, T, H) policy.states of the rollout where they are known already: the pass with the true image is left out.
+    masked_prompts: the same prompts encoded with masked images, Q of them (one per prompt) or B (one per response).
+                    None leaves out the second pass, which DAPO and GRPO do not need, and gives S = 0.
+    metric:         a name in METRICS, or a function (logits, masked_logits, ids) -> S of your own.
+    tokens_per_batch: how many tokens run at once. It changes memory, not numbers.
 
     Returns {"logprobs", "entropy", "dependency"}, each (B, T) float32, 0 on padding.
     """
     was_training = policy.training
-    policy.eval()  # dropout off; and activation checkpointing, which has nothing to save here, would forbid the shared prompt
+    # Dropout off. Activation checkpointing too: it has nothing to save here, and would forbid the shared prompt.
+    policy.eval()
     shape = rollout.response_ids.shape
     out = {key: torch.zeros(shape, device=policy.device) for key in ("logprobs", "entropy", "dependency")}
     for groups, rows in rollout.micro_batches(tokens_per_batch):
         ids, mask = rollout.response_ids[rows], rollout.response_mask[rows]
-        true = states[rows] if states is not None else policy.states([rollout.prompts[q] for q in groups], ids, mask)
-        true = true[mask]  # (N, H): padding dropped
+        states = policy.states([rollout.prompts[q] for q in groups], ids, mask)[mask]  # (N, H): padding dropped
         masked_states = None
         if masked_prompts is not None:
             chosen = groups if len(masked_prompts) == len(rollout.prompts) else rows
             masked_states = policy.states([masked_prompts[i] for i in chosen], ids, mask)[mask]
-        for key, values in score_tokens(policy.logits, true, masked_states, ids[mask], metric).items():
+        for key, values in score_tokens(policy.logits, states, masked_states, ids[mask], metric).items():
             out[key][rows] = torch.zeros_like(ids, dtype=values.dtype).masked_scatter(mask, values)
     policy.train(was_training)
     return out
@@ -161,14 +165,15 @@ def score_tokens(head, states, masked_states, ids, metric="kl", chunk_elements=2
     Returns {"logprobs", "entropy", "dependency"}, each (N,) float32.
     """
     vocabulary = head(states[:1]).shape[-1] if len(states) else 1
+    measure = METRICS[metric] if isinstance(metric, str) else metric
     results = {"logprobs": [], "entropy": [], "dependency": []}
     for start in range(0, len(states), max(1, chunk_elements // vocabulary)):
         chunk = slice(start, start + max(1, chunk_elements // vocabulary))
         logits = head(states[chunk])
-        results["logprobs"].append(sampled(logits, ids[chunk]))
+        results["logprobs"].append(token_logprobs(logits, ids[chunk]))
         results["entropy"].append(token_entropy(logits))
         if masked_states is None:
             results["dependency"].append(torch.zeros(len(logits), device=logits.device))
         else:
-            results["dependency"].append(METRICS[metric](logits, head(masked_states[chunk]), ids[chunk]))
+            results["dependency"].append(measure(logits, head(masked_states[chunk]), ids[chunk]))
     return {key: torch.cat(values) if values else states.new_zeros(0, dtype=torch.float32) for key, values in results.items()}

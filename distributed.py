@@ -1,7 +1,8 @@
-"""Everything that knows there may be several processes. A reader may skip it: with one process each function is the identity.
+"""Everything that knows there may be several processes. On one process these functions do nothing, so a reader may skip this file.
 
-The training step is written once, for one process; where a number must be that of the whole batch (TAS statistics, the loss
-divisor, logged means) it asks here, so the step does not depend on how the batch was cut over ranks. Two engines, both torch's:
+The training step is written once, for one process. Some of its numbers must be those of the whole batch: the statistics of TAS, the
+divisor of the loss, the logged means. For these it asks here, so that a step does not depend on how its batch was dealt out to ranks.
+There are two engines, both of them torch's:
 
     DistributedDataParallel   each rank holds the whole model; gradients are averaged in the last backward of an update
     FSDP2 (--shard)           each rank holds 1/world of weights, gradients and Adam states; a layer is gathered when it runs
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 
 def start(minutes=60):
@@ -76,6 +78,25 @@ def total(value):
     return sum(gather([value]))
 
 
+def before(number):
+    """The sum of a number over the ranks before this one: where this rank's share begins when all are put in a row."""
+    return sum(gather([number])[: rank()])
+
+
+def part_of(number):
+    """How many of `number` things this rank takes when they are dealt out evenly."""
+    return len(range(rank(), number, world()))
+
+
+def join(values):
+    """(the (n,) values of all ranks in one tensor, the slice of it that is this rank's)."""
+    if world() == 1:
+        return values, slice(None)
+    start = before(len(values))
+    everyone = torch.tensor(gather(values.tolist()), dtype=values.dtype, device=values.device)
+    return everyone, slice(start, start + len(values))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The engine: what the update calls instead of the policy, so that gradients meet
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,12 +123,25 @@ def bare(engine):
     return getattr(engine, "module", engine)
 
 
-def meeting(engine, last):
-    """A context for one forward and backward pass of an update, in which the ranks' gradients meet.
+def passes(engine, pieces, response_mask):
+    """The micro-batches of one update, in turn: yields (prompts, rows, response mask of the rows), with a progress bar.
 
-    DDP exchanges gradients only in the `last` backward of the update; FSDP2 in each, so that no rank ever holds all of them.
+    All ranks get equally many, because their gradients meet in the backward pass. A rank that has fewer pieces than another runs its
+    first response again with an empty mask, which counts nowhere. DDP exchanges gradients in the last pass only. FSDP2
+    exchanges them in every pass, so that no rank ever holds all of them.
     """
-    return engine.no_sync() if isinstance(engine, DistributedDataParallel) and not last else contextlib.nullcontext()
+    number = max(gather([len(pieces)]))
+    for i in tqdm(range(number), "update", leave=False, disable=None if rank() == 0 else True):
+        members, rows = pieces[i] if i < len(pieces) else ([0], [0])
+        apart = isinstance(engine, DistributedDataParallel) and i < number - 1
+        with engine.no_sync() if apart else contextlib.nullcontext():
+            yield members, rows, response_mask[rows] & (i < len(pieces))
+
+
+def clip_gradients(engine, max_norm):
+    """Scale the gradient of all weights, over all shards, down to `max_norm`. Returns its norm before that."""
+    norm = torch.nn.utils.clip_grad_norm_(engine.parameters(), max_norm)
+    return getattr(norm, "full_tensor", lambda: norm)().item()  # full_tensor: the norm of a sharded gradient
 
 
 @contextlib.contextmanager

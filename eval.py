@@ -21,13 +21,13 @@ import torch
 import benchmarks
 import distributed
 import report
-import reward
-import tiny
+from config import command_line, option
 from data import INSTRUCTION, check_rows, load_data
+from laptop import tiny
 from model import Policy, load
 from prompts import first_prompt, usable
+from reward import MAX_LENGTH, check_grader, extract_answer, grade_example, normalise
 from rollout import generate
-from vppo import command_line, option
 
 
 @dataclass
@@ -81,15 +81,15 @@ def majority(texts, rewards):
     """
     votes = {}  # answer -> the rewards of those who gave it
     for text, value in zip(texts, rewards):
-        answer = (reward.extract_answer(text) or "").strip()
-        if answer := reward.normalise(answer) if len(answer) <= reward.MAX_LENGTH else answer:
+        answer = (extract_answer(text) or "").strip()
+        if answer := normalise(answer) if len(answer) <= MAX_LENGTH else answer:
             votes.setdefault(answer, []).append(value)
     most = max(map(len, votes.values()), default=0)
     winners = [value for values in votes.values() if len(values) == most for value in values]
     return sum(winners) / max(1, len(winners))
 
 
-def evaluate(policy, dataset, cfg, prompts, samples, seed=0, progress="evaluation", with_ids=0):
+def evaluate(policy, dataset, cfg, prompts, samples, seed=0, progress="evaluation", with_ids=0, reward=None):
     """Answer the first `prompts` examples `samples` times each. Returns (scores, records), the same on every rank.
 
     cfg: a Config or EvalConfig. scores: {"avg", "avg_ci", "pass", "pass_ci", "majority", "majority_ci"}, and "left_out" where
@@ -112,7 +112,7 @@ def evaluate(policy, dataset, cfg, prompts, samples, seed=0, progress="evaluatio
             )
             for q, (number, example, _) in enumerate(found):
                 texts = rollout.texts[q * samples : (q + 1) * samples]
-                rewards = [reward.grade(text, example.answer, cfg.grader) for text in texts]
+                rewards = [float((reward or grade_example)(text, example, cfg)) for text in texts]
                 records.append({"number": number, "name": example.name, "problem": example.problem, "answer": example.answer,
                                 "kind": example.kind, "rewards": rewards, "responses": texts})  # fmt: skip
                 if len(records) <= with_ids:  # of this rank: among them the first of all
@@ -144,7 +144,7 @@ def describe(scores, samples):
 def main(argv=None):
     """The command line."""
     cfg = EvalConfig(**vars(command_line(EvalConfig, __doc__).parse_args(argv)))
-    reward.check_grader(cfg.grader)
+    check_grader(cfg.grader)
     if cfg.samples < 1 or cfg.prompts < 0 or cfg.max_new_tokens < 1 or cfg.temperature <= 0 or not 0 < cfg.top_p <= 1:
         others = "--prompts not be negative, --temperature be positive and --top_p be in (0, 1]"
         raise ValueError(f"--samples must be at least 1, --max_new_tokens too, {others}")

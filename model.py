@@ -1,23 +1,21 @@
 """A Hugging Face vision-language model, seen the way RL needs it: prompts in, log-probabilities of given responses out.
 
+    load, save   a folder in Hugging Face format <-> model and processor
+    Policy       a model with its temperature and forbidden ids: hidden states and logits of responses
+
 Nothing here names a model family. What differs between families is found from the processor's output (which tensors an
 image becomes), from the config (which ids stand for an image) and from the model (whether it keeps `rope_deltas`).
 
-    encode     one example  -> one prompt: the processor's tensors, unpadded
-    collate    some prompts -> one left-padded batch
-    Policy     model + temperature + forbidden ids: hidden states and logits of responses
-
-The prompt is shared by its group. The G responses to a prompt see the same image and question, so the prompt is run once,
-its key/value cache repeated G times, and only response tokens run on top: in generation, in scoring, on the masked image and
-in the update, where the gradient flows back through the cache. Exactly the same numbers as repeating the prompt G times (the
-*plain* path, kept as fallback and reference), at a fraction of the work: an image is hundreds of tokens.
+The prompt is shared by its group. The G responses to a prompt see the same image and the same question. So the prompt is run once,
+its key/value cache is repeated G times, and only the response tokens run on top. That holds in generation, in scoring, on the
+masked image and in the update, where the gradient flows back through the cache. The numbers are those of repeating the
+prompt G times (the *plain* path, kept as fallback and reference), at a fraction of the work: an image is hundreds of tokens.
 """
 
 from pathlib import Path
 
 import torch
 import transformers
-from jinja2 import TemplateError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.cache_utils import DynamicLayer, StaticLayer
@@ -25,6 +23,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
 from loss import token_entropy
+from prompts import append, collate, is_per_token
 
 transformers.utils.logging.disable_progress_bar()  # its bars ignore that output may be no terminal; ours do not
 
@@ -91,87 +90,6 @@ def save(policy, folder, weights=None):
     finally:
         policy.model.generation_config = neutral_generation_config(policy)
     policy.processor.save_pretrained(folder)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts
-# ---------------------------------------------------------------------------------------------------------------------
-def encode(processor, example, system=""):
-    """One example as one prompt: the processor's tensors, not padded.
-
-    `<image>` in the problem marks where an image goes; without a marker the images come first. Raises ValueError if markers
-    and images do not match, OSError if the model has no chat template or it does not take the messages.
-    """
-    images = example.images
-    pieces = example.problem.split("<image>")
-    if len(pieces) == 1:
-        pieces = [""] * len(images) + pieces
-    if len(pieces) != len(images) + 1:
-        raise ValueError(f"{example.name}: {len(pieces) - 1} <image> markers but {len(images)} images: make them equal")
-    content = []
-    for i, piece in enumerate(pieces):
-        content += [{"type": "image"}] if i else []
-        content += [{"type": "text", "text": piece}] if piece else []
-    messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
-    messages.append({"role": "user", "content": content})
-    tokenizer = processor.tokenizer
-    template = processor.chat_template or tokenizer.chat_template
-    if not template:
-        raise OSError("the model has no chat template: take an instruction-tuned one")
-    try:
-        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise OSError(f"the model's chat template refuses the messages ({error}): try --system_prompt ''") from error
-    # Templates write the beginning-of-sequence token themselves; a tokenizer that adds one would make it two.
-    special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
-    return dict(processor(text=[text], images=[images] if images else None, return_tensors="pt", add_special_tokens=special))
-
-
-def with_images(processor, prompt, images):
-    """The encoded prompt with other pictures of the same sizes (the masked ones): only the image part of the processor runs.
-
-    images: PIL images in the prompt's order. Raises ValueError if they do not become tensors of the same shapes.
-    """
-    options = getattr(processor, "images_kwargs", {})  # what the processor itself passes on
-    pictures = processor.image_processor([images], **options, return_tensors="pt") if images else {}
-    new = {key: value for key, value in pictures.items() if key in prompt}
-    if any(key in prompt and new[key].shape != prompt[key].shape for key in new) or (images and "pixel_values" not in new):
-        raise ValueError("masked images must have the sizes of the true ones")
-    return prompt | new
-
-
-def append(batch, ids, mask):
-    """A collated batch with more tokens at its end: (B, n) ids of plain text and their mask (token types of text are 0)."""
-    tail = {"input_ids": ids, "attention_mask": mask}
-    more = {key: tail.get(key, torch.zeros_like(ids)) for key in batch if is_per_token(batch, key)}
-    return batch | {key: torch.cat([batch[key], value], dim=1) for key, value in more.items()}
-
-
-def is_per_token(prompt, key):
-    """True for tensors with one entry per token (ids, attention mask, token types); the others belong to the images."""
-    return prompt[key].shape == prompt["input_ids"].shape and not prompt[key].is_floating_point()
-
-
-def collate(prompts, copies=1, pad_id=0, device=None):
-    """Prompts -> one batch of len(prompts) * copies rows, each prompt repeated `copies` times in a row.
-
-    Per-token tensors are padded on the left (so that every response starts in the same column); image tensors, which Qwen
-    models keep flat over patches and others one row per image, are concatenated, with zeros where their other sizes differ.
-    """
-    prompts = [prompt for prompt in prompts for _ in range(copies)]
-    length = max(prompt["input_ids"].shape[1] for prompt in prompts)
-    batch = {}
-    for key in dict.fromkeys(key for prompt in prompts for key in prompt):
-        owners = [prompt for prompt in prompts if key in prompt]  # a prompt without an image has no image tensors
-        tensors = [prompt[key] for prompt in owners]
-        if is_per_token(owners[0], key):
-            fill = pad_id if key == "input_ids" else 0
-            tensors = [nn.functional.pad(t, (length - t.shape[1], 0), value=fill) for t in tensors]
-        elif len({t.shape[1:] for t in tensors}) > 1:
-            sizes = [max(size) for size in zip(*(t.shape[1:] for t in tensors))]
-            tensors = [nn.functional.pad(t, [p for n, m in zip(t.shape[:0:-1], sizes[::-1]) for p in (0, m - n)]) for t in tensors]
-        batch[key] = torch.cat(tensors).to(device)
-    return batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,17 +315,14 @@ class Policy(nn.Module):
         bias[self.forbidden] = -torch.inf
         return torch.add(bias, logits, alpha=1 / self.temperature)
 
-    def forward(self, prompts, response_ids, response_mask, token_mask, with_entropy=False):
-        """log pi(o_t | I, s_t) of the sampled tokens, (B, T), at the tokens of `token_mask`, 0 elsewhere; optionally their entropy.
+    def forward(self, prompts, response_ids, response_mask, needs_logits, with_entropy=False):
+        """log pi(o_t | I, s_t) of the sampled tokens, (B, T), at the tokens of `needs_logits`, 0 elsewhere; optionally their entropy.
 
-        Only the chosen tokens ever get a row of logits: with TGF that is k of them. token_mask: (B, T) bool, or a function that
-        makes it from the hidden states (B, T, H) of this very pass, where the choice depends on them.
+        needs_logits: (B, T) bool. Only these tokens ever get a row of logits. With TGF that is a share k of them.
         """
         states = self.states(prompts, response_ids, response_mask)
-        if callable(token_mask):
-            token_mask = token_mask(states.detach())
-        logits = self.logits(states[token_mask])  # (N, V)
-        chosen = logits.gather(-1, response_ids[token_mask][:, None])[:, 0] - logits.logsumexp(-1)
+        logits = self.logits(states[needs_logits])  # (N, V)
+        chosen = logits.gather(-1, response_ids[needs_logits][:, None])[:, 0] - logits.logsumexp(-1)
         zeros = torch.zeros_like(response_ids, dtype=chosen.dtype)
-        logprobs = zeros.masked_scatter(token_mask, chosen)
-        return logprobs, zeros.masked_scatter(token_mask, token_entropy(logits)) if with_entropy else None
+        logprobs = zeros.masked_scatter(needs_logits, chosen)
+        return logprobs, zeros.masked_scatter(needs_logits, token_entropy(logits)) if with_entropy else None

@@ -18,7 +18,7 @@ import torch
 
 import dependency
 import loss
-from model import encode, with_images
+from prompts import encode, with_images
 from rollout import Rollout
 
 EXAMPLES = 8  # on a page; a person reads no more

@@ -272,3 +272,13 @@ def grade(response, truth, grader="exact"):
 
 if __name__ == "__main__":
     work()
+
+
+def grade_example(response, example, cfg):
+    """The reward of training and evaluation: `grade` against the example's answer, by the grader that `cfg.grader` names.
+
+    A reward of your own has the same arguments and returns a float: train_step(..., reward=yours), train.main(reward=yours).
+
+    response: str. example: prompts.Example, which also has problem and images. cfg: a Config or EvalConfig.
+    """
+    return grade(response, example.answer, cfg.grader)

@@ -9,20 +9,20 @@ What needs care (each of these has cost someone days):
 * a response cut by the length limit is flagged: it has no end token and, mostly, no answer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from model import collate
+from prompts import collate
 
 
 @dataclass
 class Rollout:
     """Q prompts and their B = Q * G responses, group after group."""
 
-    prompts: list  # Q dicts of processor tensors, unpadded (model.encode)
+    prompts: list  # Q dicts of processor tensors, unpadded (prompts.encode)
     response_ids: torch.Tensor  # (B, T) right padded, the end-of-sequence token included
     response_mask: torch.Tensor  # (B, T) True on real tokens
     texts: list  # B strings, without special tokens
@@ -48,12 +48,20 @@ class Rollout:
         """(B, L + T): 1 on real tokens of prompt and response."""
         return self._full("attention_mask", self.response_mask.long())
 
-    def select(self, groups):
-        """The rollout restricted to some prompts (a list of indices), each with all its responses."""
-        rows = [q * self.group_size + g for q in groups for g in range(self.group_size)]
+    def rows(self, groups):
+        """The numbers of the responses of some prompts, group after group."""
+        return [q * self.group_size + g for q in groups for g in range(self.group_size)]
+
+    def subset(self, groups):
+        """The rollout of some prompts only (a list of their numbers), each with all its responses."""
+        rows = self.rows(groups)
         texts = [self.texts[row] for row in rows]
         prompts = [self.prompts[q] for q in groups]
         return Rollout(prompts, self.response_ids[rows], self.response_mask[rows], texts, self.truncated[rows], self.pad_id)
+
+    def silenced(self):
+        """The same responses with an empty mask, so that they count nowhere."""
+        return replace(self, response_mask=torch.zeros_like(self.response_mask))
 
     def micro_batches(self, tokens_per_batch, groups=None):
         """Cut the rollout (or some of its groups) into pieces for one forward pass each: yields (prompt indices, row indices).
@@ -66,7 +74,7 @@ class Rollout:
         for q in range(len(self.prompts)) if groups is None else groups:
             cost = self.prompts[q]["input_ids"].shape[1] + G * T
             if pending and tokens + cost > tokens_per_batch:
-                yield pending, [p * G + g for p in pending for g in range(G)]
+                yield pending, self.rows(pending)
                 pending, tokens = [], 0
             if cost > tokens_per_batch:  # alone too large: some of its responses at a time
                 at_once = max(1, (tokens_per_batch - cost + G * T) // T)
@@ -75,7 +83,7 @@ class Rollout:
             else:
                 pending, tokens = pending + [q], tokens + cost
         if pending:
-            yield pending, [p * G + g for p in pending for g in range(G)]
+            yield pending, self.rows(pending)
 
 
 def concatenate(rollouts):
@@ -101,7 +109,7 @@ def concatenate(rollouts):
 def generate(policy, prompts, group_size, max_new_tokens=64, temperature=1.0, top_p=1.0, responses_at_once=1024, progress=None):
     """Sample `group_size` responses to each prompt from pi_theta.
 
-    policy: model.Policy; prompts: list of Q encoded prompts (model.encode).
+    policy: model.Policy; prompts: list of Q encoded prompts (prompts.encode).
     temperature must be the one the policy scores with (policy.temperature), else ratios start away from 1.
     top_p < 1 samples from the nucleus while scoring keeps the full softmax, as in the paper: two distributions, so
     sampled tokens are a little likelier than scored. 1.0 makes them one.
@@ -148,7 +156,7 @@ def generate(policy, prompts, group_size, max_new_tokens=64, temperature=1.0, to
     policy.train(was_training)
     rollout = concatenate(parts)
     place = sorted(range(len(order)), key=order.__getitem__)
-    return rollout.select(place)
+    return rollout.subset(place)
 
 
 def cut(policy, prompts, ids):

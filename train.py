@@ -1,4 +1,4 @@
-"""Train a vision-language model with VPPO, or with the methods it is compared to. The whole loop, top to bottom.
+"""Train a vision-language model with VPPO, or with the methods it is compared to. `main` is the whole run; its loop is what to read.
 
     python train.py                                 a tiny Qwen2.5-VL gets better at reading handwriting, by reward alone
     python train.py --method dapo --seed 1          the same with another method
@@ -9,146 +9,131 @@
 
 A run writes config.json, metrics.jsonl (one object a step), samples.jsonl, checkpoints/ in Hugging Face format and, at the end,
 summary.json with held-out accuracy before and after, and curves.png if matplotlib is installed.
+
+A reward, mask, metric or credit rule of your own is a function: `train.main(reward=mine)`, see vppo.train_step.
 """
 
 import dataclasses
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import distributed
-import reward
-import tiny
 from checkpoint import checkpoint_of, clean, restore, save_checkpoint
-from data import example_at, load_source, sources
+from config import output_folder, parse, run_of
+from data import load_source, sources
 from dryrun import dry_run
 from eval import describe, evaluate, run
+from laptop import tiny
 from model import Policy, load
-from prompts import first_prompt
+from prompts import example_at, first_prompt
 from report import curves
-from vppo import Config, check, command_line, train_step
+from reward import check_grader
+from vppo import train_step
 
 PATIENCE = 10  # updates in a row without a finite gradient before a run gives up
-# What may differ from config.json when a run is resumed: speed, memory and files, and that bad rows no longer end it.
-MAY_CHANGE = set("tokens_per_batch share_prompt static_cache shard activation_checkpointing save_every keep log skip_bad_rows".split())
 MEMORY = "--tokens_per_batch and --responses_at_once, or add --activation_checkpointing, --dtype bfloat16, --shard"  # what to lower
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Config
-# ---------------------------------------------------------------------------------------------------------------------
-def parse(argv=None):
-    """Command line -> (Config, what to resume). ValueError in one sentence.
+def main(argv=None, **own):
+    """One run from start to end. Returns its summary, or None if it was asked to stop before the end.
 
-    `--config FILE.json` gives values that other flags override. `--resume [PATH]` does the same with the config.json of the run
-    that goes on. What to resume: None, a run's folder (its newest whole checkpoint) or a checkpoint's. Under `torchrun
-    --max-restarts` a run whose --output exists goes on by itself: whichever process starts again, and however often.
+    own: functions of your own in place of the usual ones, by the names of vppo.train_step: reward, mask_image, metric, credit.
     """
-    parser = command_line(Config, __doc__)
-    parser.add_argument("--config", help="JSON file with any of these fields; flags override it")
-    parser.add_argument("--dry_run", action="store_true", help="check and describe the run, and end: no weights, no network")
-    text = "go on from the last whole checkpoint, or from the one at this path (newer ones of its run are removed)"
-    parser.add_argument("--resume", nargs="?", const="", help=text)
-    argv = sys.argv[1:] if argv is None else list(argv)
-    flags = parser.parse_args(argv)
-    if flags.config:
-        argv = as_words(read_fields(flags.config, "--config")) + argv
-        flags = parser.parse_args(argv)
-    resume = flags.resume
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        if not flags.output:
-            raise ValueError("torchrun --max-restarts needs --output FOLDER, so that a restart finds its run")
-        resume = existing_run(flags) or resume
-    if resume == "":
-        resume = existing_run(flags)
-        if resume is None:
-            raise ValueError(f"--resume finds no run in {flags.output or default_folder(flags)}: give its folder with --output")
-    saved = {}
-    if resume:
-        resume = Path(resume)
-        run = run_of(resume)
-        saved = read_fields(run / "config.json", "--resume")
-        if flags.output and Path(flags.output).resolve() != run.resolve():
-            raise ValueError(f"--output {flags.output} is not the folder of --resume {resume}: leave one of them out")
-        argv = [*argv, f"--output={run}"]
-    namespace = vars(parser.parse_args(as_words(saved) + argv))
-    cfg = Config(**{field.name: namespace[field.name] for field in dataclasses.fields(Config)})
-    check(cfg)
-    changed = {name for name, value in saved.items() if getattr(cfg, name) != value} - {"output"}
-    if changed:
-        differences = ", ".join(f"{name} {saved[name]} -> {getattr(cfg, name)}" for name in sorted(changed))
-        if changed - MAY_CHANGE:
-            raise ValueError(f"--resume {resume}: the run would not be the same one ({differences}): leave these flags out")
-        if os.environ.get("RANK", "0") == "0":
-            print(f"resuming with {differences}")
-    if flags.dry_run:
-        if os.environ.get("RANK", "0") == "0":
-            dry_run(cfg, cfg.output if resume else output_folder(cfg))
-        sys.exit()
-    return cfg, resume
+    cfg, resume, dry = parse(argv, __doc__)
+    if dry:
+        return dry_run(cfg, cfg.output if resume else output_folder(cfg)) if os.environ.get("RANK", "0") == "0" else None
+    check_grader(cfg.grader)
+    # Data come before the model: a bad row should not cost a model's loading time.
+    train_data, val_data, test_data = (load_source(source, cfg) for source in sources(cfg))
+    device = distributed.start()
+    folder, path, model_folder, seconds_warmup = decide(cfg, resume)
 
+    # Model and optimizer
+    torch.manual_seed(cfg.seed)
+    parts = load(str(path or model_folder), "cpu" if cfg.shard else device)  # FSDP2 moves a unit at a time to the device
+    policy = Policy(*parts, cfg.temperature, cfg.share_prompt, cfg.dtype, cfg.static_cache).train()
+    if cfg.activation_checkpointing:
+        policy.model.activation_checkpointing_enable()
+    engine = distributed.engine(policy, cfg.shard)
+    with distributed.unsharded(policy):
+        sharing = policy.check_sharing(first_prompt(policy, lambda p: example_at(train_data, p, cfg.seed), range(1000), cfg))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
+    if distributed.rank() == 0:  # only now: a run that fails to start leaves nothing behind
+        open_folder(folder, cfg, resume, path)
+    progress = {"step": 0, "position": 0, "seconds": 0.0, "bad": 0, "before": None,
+                "left_out": {"prompts_too_long": 0, "bad_rows": 0}}  # fmt: skip
+    if path:
+        progress |= restore(policy, optimizer, path)
+    found = f" from {path}" if path else ": it has no whole checkpoint yet"
+    announce(cfg, policy, folder, model_folder, sharing, f"resumed at step {progress['step']}{found}" if resume else "")
 
-def read_fields(file, flag):
-    """A JSON file of Config fields as a dict."""
-    try:
-        values = json.loads(Path(file).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{flag} {file} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{flag} {file} must hold one JSON object of fields")
-    unknown = set(values) - {field.name for field in dataclasses.fields(Config)}
-    if unknown:
-        raise ValueError(f"{flag} {file} has unknown fields: {', '.join(sorted(unknown))}")
-    return values
+    # The loop: one step is one rollout batch. Evaluation samples at temperature 1 from the full distribution (Section 4).
+    plain = dataclasses.replace(cfg, temperature=1.0, top_p=1.0)
+    start = time.time() - progress["seconds"]
+    writer = board(cfg, folder, progress["step"])
+    progress["before"] = progress["before"] or test(policy, test_data, plain, folder, "before", own)
+    asked = watch_signals()
+    todo = range(progress["step"], cfg.steps)
+    bar = tqdm(todo, cfg.method, disable=None if distributed.rank() == 0 else True, initial=progress["step"], total=cfg.steps)
+    leave = False
+    for step in bar:
+        metrics, progress["position"], batch = train_step(engine, optimizer, train_data, cfg, step, progress["position"], **own)
+        last = step + 1 == cfg.steps
+        if val_data is not None and ((step + 1) % cfg.eval_every == 0 or last):
+            clock = time.perf_counter()
+            scores, _ = evaluate(policy, val_data, plain, cfg.eval_prompts, cfg.eval_samples, cfg.seed, "validation", reward=own.get("reward"))
+            metrics |= {"val_avg": scores["avg"], "val_avg_ci": scores["avg_ci"], "seconds_eval": time.perf_counter() - clock}
+        log(folder, metrics, batch, writer)
+        bar.set_postfix(reward=f"{metrics['reward']:.2f}", refresh=False)
 
-
-def as_words(values):
-    """Fields as words of a command line: put before the real ones, they are checked like flags and overridden by them."""
-    words = []
-    for name, value in values.items():
-        words += [] if value is None else [f"--{name}={value if isinstance(value, str) else json.dumps(value)}"]
-    return words
-
-
-def default_folder(cfg):
-    """Where a run goes that was not told where."""
-    return f"runs/{cfg.method}-{Path(cfg.data).name}-{cfg.seed}"
-
-
-def numbered(base):
-    """base, base-2, base-3, ..."""
-    return (Path(base + end) for end in ["", *(f"-{n}" for n in range(2, 10_000))])
-
-
-def existing_run(cfg):
-    """The folder of the run these flags started last, or None."""
-    candidates = [Path(cfg.output)] if cfg.output else numbered(default_folder(cfg))
-    last = None
-    for folder in candidates:
-        if not folder.exists():
+        skipped = metrics.get("updates_skipped", 0)
+        progress["bad"] = progress["bad"] + skipped if skipped == cfg.updates_per_rollout else 0
+        if progress["bad"] >= PATIENCE:
+            raise ValueError(f"{progress['bad']} updates in a row had no finite gradient (step {step + 1}): start a new run with "
+                             "--model CHECKPOINT and a smaller --lr, or --dtype float32; they left the weights as they were")  # fmt: skip
+        progress["left_out"] = {what: number + metrics[what] for what, number in progress["left_out"].items()}
+        progress |= {"step": step + 1, "seconds": time.time() - start}
+        leave = distributed.total(len(asked)) > 0  # all ranks leave together
+        if leave or (cfg.save_every and ((step + 1) % cfg.save_every == 0 or last)):
+            save_checkpoint(policy, optimizer, folder, progress, cfg.keep)
+        if leave:
             break
-        last = folder if (folder / "config.json").exists() else last
-    return last
+    bar.close()
+    if writer:
+        writer.close()
+    if leave:
+        if distributed.rank() == 0:
+            print(f"stopped after step {progress['step']}, which is saved; go on with: --resume {folder}")
+        return None
+    for number in (signal.SIGTERM, signal.SIGINT):  # nothing is left that could be lost
+        signal.signal(number, signal.SIG_DFL)
+    progress["after"] = test(policy, test_data, plain, folder, "after", own)
+    return finish(cfg, folder, progress, test_data, start, seconds_warmup)
 
 
-def run_of(path):
-    """The run's folder for a run's folder or one of its checkpoints."""
-    return path.parent.parent if path.parent.name == "checkpoints" else path
-
-
-def output_folder(cfg):
-    """Where a new run goes: --output, which must not hold another run, or the default with the next free number."""
-    if cfg.output and (Path(cfg.output) / "config.json").exists():
-        raise ValueError(f"--output {cfg.output} already holds a run's config.json: choose another folder, or --resume it")
-    return Path(cfg.output) if cfg.output else next(folder for folder in numbered(default_folder(cfg)) if not folder.exists())
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the loop
+# ---------------------------------------------------------------------------------------------------------------------
+def decide(cfg, resume):
+    """(the run's folder, the checkpoint to go on from or None, the model's folder, seconds of warm-up): rank 0 decides, all hear of it."""
+    if cfg.shard and not torch.distributed.is_initialized():
+        raise ValueError("--shard needs processes to split the model over: start with torchrun --nproc_per_node=N train.py --shard")
+    if cfg.prompts_per_step < distributed.world():
+        raise ValueError(f"--prompts_per_step {cfg.prompts_per_step} must be at least the number of ranks, {distributed.world()}")
+    decision = None
+    if distributed.rank() == 0:
+        path = checkpoint_of(resume) if resume else None
+        folder = run_of(resume) if resume else output_folder(cfg)
+        model_folder, seconds = tiny.ensure(model=cfg.model, data=cfg.data) if cfg.model in tiny.NAMES else (cfg.model, 0.0)
+        decision = folder, path, model_folder, seconds
+    return distributed.gather([decision])[0]
 
 
 def open_folder(folder, cfg, resume, path):
@@ -167,9 +152,48 @@ def open_folder(folder, cfg, resume, path):
         raise ValueError(f"--output {folder} cannot be written: {error.strerror}") from error
 
 
+def announce(cfg, policy, folder, model_folder, sharing, resumed):
+    """Print what is about to happen: the model, the batch arithmetic, how prompts are run, and where a resumed run goes on."""
+    if distributed.rank():
+        return
+    size = sum(p.numel() for p in policy.parameters()) / 1e6
+    responses, ranks = cfg.prompts_per_step * cfg.group_size, distributed.world()
+    print(f"{cfg.method}: {model_folder} ({size:.1f} M weights, {ranks} x {policy.device.type}{', sharded' if cfg.shard else ''}) "
+          f"on {cfg.data}, output in {folder}")  # fmt: skip
+    print(f"{cfg.steps} steps x {cfg.prompts_per_step} prompts x {cfg.group_size} responses = {cfg.steps * responses} responses; "
+          f"{cfg.updates_per_rollout} update(s) a step of {responses // cfg.updates_per_rollout} responses")  # fmt: skip
+    print(sharing)
+    if resumed:
+        print(resumed)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Logging: rank 0 alone writes
+# In the loop: rank 0 alone writes
 # ---------------------------------------------------------------------------------------------------------------------
+def test(policy, test_data, plain, folder, when, own):
+    """Held-out scores, every response into test-WHEN.jsonl; None if there is no held-out data or it is switched off."""
+    if test_data is None:
+        return None
+    sizes = (plain.test_prompts, plain.eval_samples, plain.seed)
+    scores, records = evaluate(policy, test_data, plain, *sizes, f"held-out {when}", reward=own.get("reward"))
+    if distributed.rank() == 0:
+        (folder / f"test-{when}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return scores
+
+
+def log(folder, metrics, batch, writer):
+    """One line of metrics.jsonl, one of samples.jsonl if the step had a batch, and the same for TensorBoard."""
+    if distributed.rank():
+        return
+    append(folder / "metrics.jsonl", metrics)
+    if batch is not None:
+        append(folder / "samples.jsonl", sample_of(batch, metrics["step"]))
+    if writer:
+        for name, value in metrics.items():
+            if value is not None:
+                writer.add_scalar(name, value, metrics["step"])
+
+
 def append(file, record):
     """Add one JSON object as a line; a number that is not finite, which JSON does not know, becomes null."""
     finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
@@ -227,130 +251,33 @@ def watch_signals():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The loop
+# After the loop
 # ---------------------------------------------------------------------------------------------------------------------
-def main(argv=None):
-    """One run from start to end; returns its summary, or None if it was asked to stop before the end."""
-    cfg, resume = parse(argv)
-    reward.check_grader(cfg.grader)
-    whole = dataclasses.replace(cfg, temperature=1.0, top_p=1.0)  # how evaluation samples (Section 4)
-    # Data before the model: a bad row should not cost a model's loading time.
-    train_data, val_data, test_data = (load_source(source, cfg) for source in sources(cfg))
-
-    # Distributed: rank 0 decides where the run lives and where it starts, the others hear of it.
-    device = distributed.start()
-    if cfg.shard and not torch.distributed.is_initialized():
-        raise ValueError("--shard needs processes to split the model over: start with torchrun --nproc_per_node=N train.py --shard")
-    if cfg.prompts_per_step < distributed.world():
-        raise ValueError(f"--prompts_per_step {cfg.prompts_per_step} must be at least the number of ranks, {distributed.world()}")
-    first = distributed.rank() == 0
-    path = None
-    if first:
-        path = checkpoint_of(resume) if resume else None
-        folder = run_of(resume) if resume else output_folder(cfg)
-        model_folder, seconds_warmup = tiny.ensure(model=cfg.model, data=cfg.data) if cfg.model in tiny.NAMES else (cfg.model, 0.0)
-    decided = distributed.gather([(folder, path, model_folder, seconds_warmup) if first else None])
-    folder, path, model_folder, seconds_warmup = decided[0]
-
-    # Model and optimizer
-    torch.manual_seed(cfg.seed)
-    parts = load(str(path or model_folder), "cpu" if cfg.shard else device)  # FSDP2 moves a unit at a time to the device
-    policy = Policy(*parts, cfg.temperature, cfg.share_prompt, cfg.dtype, cfg.static_cache).train()
-    if cfg.activation_checkpointing:
-        policy.model.activation_checkpointing_enable()
-    engine = distributed.engine(policy, cfg.shard)
-    with distributed.unsharded(policy):
-        sharing = policy.check_sharing(first_prompt(policy, lambda p: example_at(train_data, p, cfg.seed), range(1000), cfg))
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
-    if first:  # only now: a run that fails to start leaves nothing behind
-        open_folder(folder, cfg, resume, path)
-    progress = {"step": 0, "position": 0, "seconds": 0.0, "bad": 0, "before": None,
-                "left_out": {"prompts_too_long": 0, "bad_rows": 0}}  # fmt: skip
-    if path:
-        progress |= restore(policy, optimizer, path)
-    if first:
-        size = sum(p.numel() for p in policy.parameters()) / 1e6
-        responses, ranks = cfg.prompts_per_step * cfg.group_size, distributed.world()
-        print(f"{cfg.method}: {model_folder} ({size:.1f} M weights, {ranks} x {device.type}{', sharded' if cfg.shard else ''}) "
-              f"on {cfg.data}, output in {folder}")  # fmt: skip
-        print(f"{cfg.steps} steps x {cfg.prompts_per_step} prompts x {cfg.group_size} responses = {cfg.steps * responses} responses; "
-              f"{cfg.updates_per_rollout} update(s) a step of {responses // cfg.updates_per_rollout} responses")  # fmt: skip
-        print(sharing)
-        if resume:
-            print(f"resumed at step {progress['step']}{f' from {path}' if path else ': it has no whole checkpoint yet'}")
-
-    start = time.time() - progress["seconds"]
-
-    def test(when):
-        """Held-out scores; None if there is no held-out data or it is switched off."""
-        if test_data is None:
-            return None
-        scores, records = evaluate(policy, test_data, whole, cfg.test_prompts, cfg.eval_samples, cfg.seed, f"held-out {when}")
-        if first:
-            (folder / f"test-{when}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        return scores
-
-    # The loop
-    writer = board(cfg, folder, progress["step"])
-    progress["before"] = progress["before"] or test("before")
-    asked = watch_signals()
-    todo = range(progress["step"], cfg.steps)
-    bar = tqdm(todo, cfg.method, disable=None if first else True, initial=progress["step"], total=cfg.steps)
-    leave = False
-    for step in bar:
-        metrics, progress["position"], batch = train_step(engine, optimizer, train_data, cfg, step, progress["position"])
-        last = step + 1 == cfg.steps
-        if val_data is not None and ((step + 1) % cfg.eval_every == 0 or last):
-            clock = time.perf_counter()
-            scores, _ = evaluate(policy, val_data, whole, cfg.eval_prompts, cfg.eval_samples, cfg.seed, "validation")
-            metrics |= {"val_avg": scores["avg"], "val_avg_ci": scores["avg_ci"], "seconds_eval": time.perf_counter() - clock}
-        if first:
-            append(folder / "metrics.jsonl", metrics)
-            if batch is not None:
-                append(folder / "samples.jsonl", sample_of(batch, step + 1))
-            if writer:
-                for name, value in metrics.items():
-                    if value is not None:
-                        writer.add_scalar(name, value, step + 1)
-        bar.set_postfix(reward=f"{metrics['reward']:.2f}", refresh=False)
-
-        skipped = metrics.get("updates_skipped", 0)
-        progress["bad"] = progress["bad"] + skipped if skipped == cfg.updates_per_rollout else 0
-        if progress["bad"] >= PATIENCE:
-            raise ValueError(f"{progress['bad']} updates in a row had no finite gradient (step {step + 1}): start a new run with "
-                             "--model CHECKPOINT and a smaller --lr, or --dtype float32; they left the weights as they were")  # fmt: skip
-        progress["left_out"] = {what: number + metrics[what] for what, number in progress["left_out"].items()}
-        progress |= {"step": step + 1, "seconds": time.time() - start}
-        leave = distributed.total(len(asked)) > 0  # all ranks leave together
-        if leave or (cfg.save_every and ((step + 1) % cfg.save_every == 0 or last)):
-            save_checkpoint(policy, optimizer, folder, progress, cfg.keep)
-        if leave:
-            break
-    bar.close()
-    if writer:
-        writer.close()
-    if leave:
-        if first:
-            print(f"stopped after step {progress['step']}, which is saved; go on with: --resume {folder}")
+def peak_memory():
+    """The process's largest memory so far in GB; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
         return None
-    for number in (signal.SIGTERM, signal.SIGINT):  # nothing is left that could be lost
-        signal.signal(number, signal.SIG_DFL)
-    after = test("after")
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes on macOS, kB on Linux
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
 
-    # The end: a table
+
+def finish(cfg, folder, progress, test_data, start, seconds_warmup):
+    """Print the table of held-out scores, write summary.json and curves.png. Returns the summary."""
     summary = {
         "method": cfg.method, "model": cfg.model, "data": cfg.data, "seed": cfg.seed, "steps": cfg.steps,
         "seconds": round(time.time() - start, 1), "seconds_warmup": round(seconds_warmup, 1), "ranks": distributed.world(),
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "peak_memory_gb": peak_memory(),
     }  # fmt: skip
-    if device.type == "cuda":
+    if torch.cuda.is_available():
         summary["peak_gpu_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    if after:
-        k = cfg.eval_samples
-        for name, scores in (("before", progress["before"]), ("after", after)):
-            summary |= {f"avg_at_{k}_{name}": scores["avg"], f"avg_at_{k}_{name}_ci": scores["avg_ci"],
-                        f"pass_at_{k}_{name}": scores["pass"], f"pass_at_{k}_{name}_ci": scores["pass_ci"]}  # fmt: skip
-    if first:
+    k, after = cfg.eval_samples, progress["after"]
+    for name in ("before", "after") if after else ():
+        scores = progress[name]
+        summary |= {f"avg_at_{k}_{name}": scores["avg"], f"avg_at_{k}_{name}_ci": scores["avg_ci"],
+                    f"pass_at_{k}_{name}": scores["pass"], f"pass_at_{k}_{name}_ci": scores["pass_ci"]}  # fmt: skip
+    if distributed.rank() == 0:
         if after:
             print(f"\nheld out, {min(cfg.test_prompts, len(test_data))} prompts x {k} responses, 95 % intervals\n"
                   f"  before  {describe(progress['before'], k)}\n  after   {describe(after, k)}")  # fmt: skip

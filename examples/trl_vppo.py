@@ -91,7 +91,7 @@ class VPPOTrainer(GRPOTrainer):
 
 def digits_trainer(folder, prompts, group_size, **words):
     """A VPPOTrainer for the tiny model in `folder` on the digits task. words: further fields of GRPOConfig."""
-    from digits import Digits
+    from laptop.digits import Digits
     from model import load, placeholder_ids
     from reward import grade
 
@@ -114,6 +114,6 @@ def digits_trainer(folder, prompts, group_size, **words):
 
 
 if __name__ == "__main__":
-    import tiny
+    from laptop import tiny
 
     digits_trainer(tiny.ensure()[0], prompts=16, group_size=8, max_steps=20, learning_rate=3e-4).train()

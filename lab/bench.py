@@ -1,10 +1,11 @@
 """How fast is a step, and where does its time go? Everything as ratios measured in one run, for machines are noisy.
 
-    python -m lab.bench --json out.json                       the README's table, on the laptop's model; with trl if installed
+    python -m lab.bench --json out.json                       the table of docs/speed.md, on the laptop's model; with trl if installed
     python -m lab.bench --shape qwen2.5-vl-3b --image_tokens 1000 --response_tokens 512       real dimensions, for a GPU
 
 The *plain* path repeats a prompt for each of its G responses, as most code does; the *shared* path runs it once. Each comparison
 runs its sides in turn, several times; the ratio printed is the median of the ratios, with their smallest and largest.
+A rollout batch is used for two updates, as train.py does by default and, on its side, trl with steps_per_generation = 2.
 Responses have full length (the end token is never sampled) and pseudo-random rewards, so that every run does the same work.
 """
 
@@ -28,15 +29,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForImageTextToText
 
-import memory
-import tiny
-import vppo
-from data import Example
+import dryrun
+from config import METHODS, Config, command_line, option
 from dependency import score_tokens
+from laptop import tiny
 from model import Policy
-from vppo import METHODS, Config, collect, command_line, measure, modulate, option, train_step, update
+from prompts import Example
+from vppo import collect, deal, measure, modulate, train_step, update
 
-SHAPES = {"tiny": None, "qwen2.5-vl-3b": "3B", "qwen2.5-vl-7b": "7B"}  # names in memory.MODELS
+SHAPES = {"tiny": None, "qwen2.5-vl-3b": "3B", "qwen2.5-vl-7b": "7B"}  # names in dryrun.MODELS
 VOCABULARY = 151_936  # of Qwen2.5-VL: what makes logits dear
 
 
@@ -65,7 +66,7 @@ def build(shape="tiny", device="cpu", **text):
     processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 4096}
     config = tiny.build_model(processor, **tiny.RECIPE).config
     if SHAPES[shape]:
-        real, _ = memory.qwen(**memory.MODELS[SHAPES[shape]])
+        real, _ = dryrun.qwen(**dryrun.MODELS[SHAPES[shape]])
         for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
             setattr(real, name, getattr(config, name))
         config = real
@@ -89,15 +90,15 @@ def questions(number, image_tokens):
     return [Example([picture], "what is the first digit plus the last ?", "1") for picture in pictures]
 
 
-def checksum_reward(text, truth="", grader=""):
+def checksum_reward(text, example=None, cfg=None):
     """1 for half of all texts, so that nearly every group has a signal."""
     return float(zlib.crc32(text.encode()) % 2)
 
 
 def settings(bench, method, **fields):
-    """The Config of one step: one round of sampling, one update."""
+    """The Config of one step: one round of sampling, two updates as in train.py."""
     sizes = dict(prompts_per_step=bench.prompts, group_size=bench.group_size, max_new_tokens=bench.response_tokens)
-    common = dict(updates_per_rollout=1, max_rounds=1, lr=1e-6, tokens_per_batch=bench.tokens_per_batch)
+    common = dict(updates_per_rollout=2, max_rounds=1, lr=1e-6, tokens_per_batch=bench.tokens_per_batch)
     return Config(method=method, **sizes, **common | fields)
 
 
@@ -172,16 +173,15 @@ def phases(policy, bench, examples, share):
     policy.share_prompt = share
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
     full, plain = settings(bench, bench.method), settings(bench, "dapo")
-    batch, _, _ = collect(policy, examples, plain, 0)
+    batch, _, _ = collect(policy, examples, plain, 0, checksum_reward)
     ready = copy.copy(batch)
     measure(policy, ready, full)
     modulate(ready, full)
-    groups = range(len(batch.examples))
     actions = {
-        "generate": lambda: collect(policy, examples, plain, 0),
+        "generate": lambda: collect(policy, examples, plain, 0, checksum_reward),
         "score": lambda: measure(policy, copy.copy(batch), plain),
         "both scores": lambda: measure(policy, copy.copy(batch), full),
-        "update": lambda: update(policy, optimizer, ready, groups, full),
+        "update": lambda: [update(policy, optimizer, ready, groups, full) for groups in deal(ready, full)],
     }
     seconds = {name: statistics.median(times) for name, times in in_turn(bench.repeats, **actions).items()}
     peaks = {name: peak_memory(action) / 2**30 for name, action in actions.items()}
@@ -198,27 +198,33 @@ def steps(policy, bench, examples):
 
     def step(method, share):
         policy.share_prompt = share
-        train_step(policy, optimizer, examples, settings(bench, method, share_prompt=share), 0, 0)
+        train_step(policy, optimizer, examples, settings(bench, method, share_prompt=share), 0, 0, reward=checksum_reward)
 
     pairs = [("vppo", True), ("dapo", True), ("dapo", False)]
     return {f"{method} {'shared' if share else 'plain'}": lambda m=method, s=share: step(m, s) for method, share in pairs}
 
 
 def learning(policy, bench, examples, share, mask=None):
-    """A function that scores, scores masked and updates from saved rollouts, or (token mask given) only updates."""
+    """A function that scores, scores masked and updates from saved rollouts. With `mask` it only updates.
+
+    mask: "tgf" keeps the tokens of Eq. 4, "all" keeps every token.
+    """
     policy.share_prompt = share
     cfg = settings(bench, "vppo")
-    batch, _, _ = collect(policy, examples, cfg, 0)
-    groups = range(len(batch.examples))
+    batch, _, _ = collect(policy, examples, cfg, 0, checksum_reward)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
-    if mask is not None:
-        measure(policy, batch, cfg)
-        modulate(batch, cfg)
-        batch.token_mask = batch.token_mask if mask == "tgf" else batch.rollout.response_mask
+    measure(policy, batch, cfg)
+    modulate(batch, cfg)
+    if mask == "all":
+        batch.token_mask = batch.rollout.response_mask
 
     def action():
         policy.share_prompt = share
-        update(policy, optimizer, copy.copy(batch), groups, cfg)
+        if mask is None:
+            measure(policy, batch, cfg)
+            modulate(batch, cfg)
+        for groups in deal(batch, cfg):
+            update(policy, optimizer, batch, groups, cfg)
 
     return action
 
@@ -252,9 +258,10 @@ def scoring_memory():
 
 
 def peer(policy, bench, examples, ours):
-    """[seconds of a step of trl's GRPOTrainer], [seconds of ours], in turn: same model, images, lengths, one update, no KL term.
+    """[seconds of a step of trl's GRPOTrainer], [seconds of ours], in turn: same model, images, lengths, two updates, no KL term.
 
-    trl's time is its `training_step` (rollout, scoring, loss, backward), without its optimizer; ours is the whole step.
+    trl's time is that of two `training_step`s, the first of which also samples and scores; its optimizer is left out. Ours is the
+    whole step.
     """
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -263,8 +270,8 @@ def peer(policy, bench, examples, ours):
     generation = dict(min_new_tokens=bench.response_tokens, suppress_tokens=policy.forbidden, top_k=0, top_p=1.0)
     with tempfile.TemporaryDirectory() as folder:
         arguments = GRPOConfig(
-            output_dir=folder, per_device_train_batch_size=bench.prompts * bench.group_size, num_generations=bench.group_size,
-            max_completion_length=bench.response_tokens, max_steps=bench.repeats + 1, learning_rate=1e-6, beta=0.0, num_iterations=1,
+            output_dir=folder, per_device_train_batch_size=bench.prompts * bench.group_size // 2, steps_per_generation=2, num_generations=bench.group_size,
+            max_completion_length=bench.response_tokens, max_steps=2 * (bench.repeats + 1), learning_rate=1e-6, beta=0.0, num_iterations=1,
             generation_kwargs=generation, gradient_checkpointing=False, report_to=[], save_strategy="no", logging_strategy="no",
             use_cpu=not torch.cuda.is_available(), bf16=policy.compute_dtype == torch.bfloat16, disable_tqdm=True,
         )  # fmt: skip
@@ -279,12 +286,14 @@ def peer(policy, bench, examples, ours):
             start = clock()
             result = original(*words, **named)
             theirs.append(clock() - start)
-            mine.append(timed(ours))
+            if len(theirs) % 2 == 0:  # both updates of a rollout batch are made
+                mine.append(timed(ours))
             return result
 
         trainer.training_step = training_step
         trainer.train()
-    return theirs[1:], mine[1:]  # the first is for warming up
+    both = [first + second for first, second in zip(theirs[::2], theirs[1::2])]
+    return both[1:], mine[1:]  # the first is for warming up
 
 
 def bar(parts, scale):
@@ -301,7 +310,6 @@ def main(argv=None):
     if bench.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {bench.repeats}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    vppo.reward.grade = checksum_reward
     examples = questions(64, bench.image_tokens)
     policy = build(bench.shape, device)
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -4,13 +4,11 @@
     dependency  no training: S of the warmed-up model's responses for every mask and metric; which tokens are read is known
     overhead    no training: seconds of a DAPO and of a VPPO step, in turn, on the same responses
 
-The record is kept as HASH.json; HASH names what its numbers depend on, settings and code. A run asked for again is found.
+The record is kept as HASH.json. HASH names what its numbers depend on: the settings, and NUMERICS for the code. A run asked for again is found.
 """
 
-import ast
 import functools
 import hashlib
-import importlib
 import json
 import os
 import signal
@@ -24,19 +22,16 @@ import torch
 
 import dependency
 import loss
-import tiny
-import vppo
+from config import MAY_CHANGE, NUMERICS, Config, check
 from data import load_data
 from eval import evaluate
-from model import Policy, encode, load, with_images
+from laptop import tiny
+from model import Policy, load
+from prompts import encode, with_images
 from rollout import generate
-from train import MAY_CHANGE
-from vppo import Config, check, modulate, train_step
+from vppo import modulate, train_step
 
 ROOT = Path(__file__).parents[1]
-CODE = (
-    "vppo loss dependency rollout reward model data prompts eval tiny digits lab/runs".split()
-)  # what the numbers come from, and the task
 KEPT = """reward no_signal prompts_sampled response_length truncated entropy clip_fraction grad_norm gradient_tokens
           dependency_mean alpha_max seconds_rollout seconds_score seconds_update""".split()
 
@@ -44,19 +39,6 @@ KEPT = """reward no_signal prompts_sampled response_length truncated entropy cli
 # ---------------------------------------------------------------------------------------------------------------------
 # Records
 # ---------------------------------------------------------------------------------------------------------------------
-@functools.cache
-def code_hash(task):
-    """Names the code without comments, docstrings and layout, which change no number."""
-    text = ""
-    for name in dict.fromkeys([*CODE, task]):
-        tree = ast.parse((ROOT / f"{name}.py").read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-                del node.body[0]
-        text += ast.unparse(tree)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def configure(settings):
     """Settings -> (kind, variant, Config): Config fields, beside them `kind` (in KINDS) and `variant` (in VARIANTS)."""
     fields = dict(settings)
@@ -67,10 +49,14 @@ def configure(settings):
 
 
 def identity(settings):
-    """All that a run's numbers depend on: the code, every config field but those that change speed, memory and files."""
+    """All that a run's numbers depend on: the arithmetic (NUMERICS), the kind of run, and each field of the config that is not at its default.
+
+    Fields that change only speed, memory and files are left out.
+    """
     kind, variant, cfg = configure(settings)
-    fields = {name: value for name, value in asdict(cfg).items() if name not in MAY_CHANGE | {"output"}}
-    return {"kind": kind, "variant": variant, "code": code_hash(cfg.data), **fields}
+    defaults = asdict(Config())
+    fields = {name: value for name, value in asdict(cfg).items() if value != defaults[name] and name not in MAY_CHANGE | {"output"}}
+    return {"numerics": NUMERICS, "kind": kind, "variant": variant, **fields}
 
 
 def file_of(settings, folder):
@@ -100,9 +86,8 @@ def perform(settings, folder):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends its runs
     torch.set_num_threads(1)
     kind, variant, cfg = configure(settings)
-    vppo.modulate = VARIANTS[variant]
     start = time.time()
-    result = KINDS[kind](cfg)
+    result = KINDS[kind](cfg, VARIANTS[variant])
     record = {
         "identity": identity(settings),
         "commit": commit(),
@@ -116,7 +101,7 @@ def perform(settings, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Phase 3 as others do it: these replace vppo.modulate in the process of a run
+# Phase 3 as others do it: credit rules, handed to vppo.train_step
 # ---------------------------------------------------------------------------------------------------------------------
 def official_scope(size, batch, cfg):
     """TAS as in the official code: min and max of Eq. 5 over one update's share, dynamic beta_max per micro-batch.
@@ -153,7 +138,7 @@ VARIANTS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kinds of run: Config -> what goes into the record
+# Kinds of run: Config and credit rule -> what goes into the record
 # ---------------------------------------------------------------------------------------------------------------------
 def weights(model, data):
     """The folder of the warmed-up model, built if need be."""
@@ -171,21 +156,21 @@ def rounded(value):
     return None if value is None else float(f"{value:.5g}")
 
 
-def train(cfg):
+def train(cfg, credit):
     """The loop of train.py without its files: steps, validation at fixed steps, held-out handwriting once, at the end."""
     policy = start(cfg)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     train_data, val_data, test_data = (load_data(cfg.data, split, cfg) for split in ("train", "val", "test"))
     metrics, curve, position = {name: [] for name in KEPT}, [], 0
     for step in range(cfg.steps):
-        values, position, _ = train_step(policy, optimizer, train_data, cfg, step, position)
+        values, position, _ = train_step(policy, optimizer, train_data, cfg, step, position, credit=credit)
         for name in KEPT:
             metrics[name].append(rounded(values.get(name)))
         if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps):
             scores, _ = evaluate(policy, val_data, cfg, cfg.eval_prompts, cfg.eval_samples, cfg.seed)
             curve.append([step + 1, rounded(scores["avg"])])
     scores, answers = evaluate(policy, test_data, cfg, cfg.test_prompts, cfg.eval_samples, cfg.seed)
-    is_reading = importlib.import_module(cfg.data).is_reading
+    is_reading = tiny.task_of(cfg.data).is_reading
     blind = [not any(map(is_reading, text.split())) for answer in answers for text in answer["responses"]]
     return {
         "curve": curve, "test": scores["avg"], "test_ci": scores["avg_ci"], "metrics": metrics,
@@ -195,14 +180,14 @@ def train(cfg):
     }  # fmt: skip
 
 
-def overhead(cfg):
+def overhead(cfg, credit):
     """Seconds of DAPO and VPPO steps in turn, the same model (lr 0) and the same responses for both."""
     policy = start(cfg)
     optimizer = torch.optim.AdamW(policy.parameters())
     data, seconds = load_data(cfg.data, "train", cfg), {"dapo": 0.0, "vppo": 0.0}
     for step in range(cfg.steps + 1):
         for method in seconds:
-            metrics, *_ = train_step(policy, optimizer, data, replace(cfg, method=method, lr=0.0), step, 1000 * step)
+            metrics, *_ = train_step(policy, optimizer, data, replace(cfg, method=method, lr=0.0), step, 1000 * step, credit=credit)
             if step:  # the first one warms up
                 seconds[method] += (
                     sum(metrics.get(f"seconds_{phase}", 0) for phase in ("rollout", "score", "update")) / cfg.steps
@@ -236,14 +221,14 @@ def roc_area(values, positive):
 
 
 @torch.no_grad()
-def measure_dependency(cfg, draws=8):
+def measure_dependency(cfg, credit=None, draws=8):
     """S of cfg.eval_prompts validation prompts x G responses of the warmed-up model, for every mask and metric.
 
     One draw of the random masks serves all responses of a prompt ("prompt"), response g has draw g for itself ("rollout"),
     or S is the mean over the draws. Another seed takes other prompts.
     """
     policy = start(cfg).eval()
-    data, task = load_data(cfg.data, "val", cfg), importlib.import_module(cfg.data)
+    data, task = load_data(cfg.data, "val", cfg), tiny.task_of(cfg.data)
     numbers = [(cfg.seed * cfg.eval_prompts + i) % len(data) for i in range(cfg.eval_prompts)]
     examples = [data[number] for number in numbers]
     prompts = [encode(policy.processor, example) for example in examples]

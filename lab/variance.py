@@ -24,13 +24,13 @@ import torch
 from tqdm import tqdm
 
 import loss
-import tiny
 import train
 import vppo
+from config import Config, command_line, option
 from data import load_data
 from lab import runs
+from laptop import tiny
 from model import Policy, load
-from vppo import command_line, option
 
 CHOICES = ("all", "dependency", "random", "entropy")  # K: all tokens, or k |o| of them: by S, at random, by entropy
 METHODS = {"GRPO": ("all", False), "TAS": ("all", True), "TGF": ("dependency", False), "VPPO": ("dependency", True),
@@ -86,7 +86,7 @@ def tally(scores, masks, advantages, alpha, group_size):
 
 def measure(policy, cfg):
     """(tally, mean reward) of Q prompts with signal: phases 1 to 3 of training, on data that no run reaches."""
-    settings = vppo.Config(data=cfg.data, prompts_per_step=cfg.prompts, max_rounds=50)
+    settings = Config(data=cfg.data, prompts_per_step=cfg.prompts, max_rounds=50)
     torch.manual_seed(settings.seed)
     batch, _, metrics = vppo.collect(policy, load_data(cfg.data, "train", settings), settings, 2**19)
     if batch is None or len(batch.examples) < 2:

@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch  # noqa: E402
 
 import distributed  # noqa: E402
+from config import Config  # noqa: E402
 from model import Policy, load  # noqa: E402
-from vppo import Batch, Config, measure, modulate, update  # noqa: E402
+from vppo import Batch, measure, modulate, update  # noqa: E402
 
 # name -> (sharded, tokens in a micro-batch, settings of the method); one response, three responses, all at once
 CUTS = {
@@ -37,7 +38,7 @@ def share(batch):
     per_rank = -(-len(batch.examples) // distributed.world())
     groups = range(len(batch.examples))[distributed.rank() * per_rank : (distributed.rank() + 1) * per_rank]
     mine = list(groups) or [len(batch.examples) - 1]
-    rollout = batch.rollout.select(mine)
+    rollout = batch.rollout.subset(mine)
     if not groups:
         rollout.response_mask = torch.zeros_like(rollout.response_mask)
     rewards = batch.rewards.reshape(len(batch.examples), -1)[mine].reshape(-1)

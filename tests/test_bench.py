@@ -2,19 +2,14 @@
 
 import pytest
 import torch
+
+import prompts
+import vppo
+from dependency import score_tokens
 from lab import bench
 from lab.bench import BenchConfig, LivingTensors
 
-import model
-import vppo
-from dependency import score_tokens
-
 SMALL = BenchConfig(prompts=2, group_size=2, image_tokens=6, response_tokens=5, repeats=1)
-
-
-@pytest.fixture
-def rewarded(monkeypatch):
-    monkeypatch.setattr(vppo.reward, "grade", bench.checksum_reward)
 
 
 def test_living_tensors_counted_by_hand():
@@ -44,11 +39,11 @@ def test_scoring_never_holds_a_row_of_logits_for_every_token():
 @pytest.mark.parametrize("number", [1, 6, 64, 1000])
 def test_pictures_have_the_tokens_they_should(number):
     policy = bench.build()
-    prompt = model.encode(policy.processor, bench.questions(1, number)[0])
+    prompt = prompts.encode(policy.processor, bench.questions(1, number)[0])
     assert (prompt["input_ids"] == policy.model.config.image_token_id).sum() == number
 
 
-def test_phases_of_both_paths(rewarded):
+def test_phases_of_both_paths():
     policy, examples = bench.build(), bench.questions(4, SMALL.image_tokens)
     for share in (True, False):
         table = bench.phases(policy, SMALL, examples, share)
@@ -57,10 +52,10 @@ def test_phases_of_both_paths(rewarded):
         assert table["masked score"][1] > table["score"][1] * 0.9
 
 
-def test_every_step_samples_full_responses_and_updates(rewarded):
+def test_every_step_samples_full_responses_and_updates():
     policy, examples = bench.build(), bench.questions(4, SMALL.image_tokens)
     policy.share_prompt = True
-    batch, _, metrics = vppo.collect(policy, examples, bench.settings(SMALL, "grpo"), 0)
+    batch, _, metrics = vppo.collect(policy, examples, bench.settings(SMALL, "grpo"), 0, bench.checksum_reward)
     assert batch.rollout.response_mask.all() and metrics["response_length"] == 5 and metrics["truncated"] == 1
     for action in bench.steps(policy, SMALL, examples).values():
         action()

@@ -11,12 +11,13 @@ from PIL import Image
 import benchmarks
 import data
 import eval as evaluation
-import tiny
 from benchmarks import BENCHMARKS, PUBLISHED, Rows, as_letter, load, named, with_options, write
-from digits import Digits
-from model import Policy, encode, save
+from config import Config
+from laptop import tiny
+from laptop.digits import Digits
+from model import Policy, save
 from model import load as load_model
-from vppo import Config
+from prompts import encode
 
 RED, BLUE = Image.new("RGB", (28, 28), "red"), Image.new("RGB", (56, 28), "blue")
 

@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-import digits
 import eval as evaluation
 import model
-import tiny
+import reward
 import train
-import vppo
+from config import METHODS, Config, output_folder, parse
+from laptop import digits, tiny
 
 ROOT = Path(train.__file__).parent
 SMALL = "--prompts_per_step 2 --group_size 8 --max_new_tokens 8 --steps 2 --test_prompts 2 --eval_prompts 2 --eval_samples 2"
@@ -60,7 +60,7 @@ def workplace(tmp_path, monkeypatch):
 @pytest.fixture
 def some_right(monkeypatch):
     """Random weights never answer right. Call about half of all texts right, by checksum, so that groups carry signal."""
-    monkeypatch.setattr(vppo.reward, "grade", lambda text, truth, grader="exact": float(zlib.crc32(text.encode()) % 2))
+    monkeypatch.setattr(reward, "grade", lambda text, truth, grader="exact": float(zlib.crc32(text.encode()) % 2))
 
 
 def run(start, *flags):
@@ -85,22 +85,22 @@ def equal(a, b):
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run does and leaves
 # ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", vppo.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_two_steps_of_every_method(method, start, workplace, some_right):
     folder, summary = run(start, "--method", method, "--output", "out")
     config = json.loads((folder / "config.json").read_text())
-    assert set(config) == set(vars(vppo.Config())) and (config["method"], config["group_size"]) == (method, 8)
+    assert set(config) == set(vars(Config())) and (config["method"], config["group_size"]) == (method, 8)
 
     metrics = lines(folder / "metrics.jsonl")
     assert [record["step"] for record in metrics] == [1, 2]
     assert [record["lr"] for record in metrics] == pytest.approx([config["lr"], config["lr"] / 2])  # linear to 0
-    modulated = {"tgf", "tas"} & vppo.METHODS[method]
+    modulated = {"tgf", "tas"} & METHODS[method]
     for record in metrics:
         assert set(record) == COLLECTED | UPDATED | TIMES | VALIDATED | (MODULATED if modulated else set())
         assert record["skipped"] == 0 and 0 < record["reward"] < 1 and record["grad_norm"] > 0
         assert all(math.isfinite(value) for value in record.values())
         # k = 0.4, each response's share rounded up
-        filtered = "tgf" in vppo.METHODS[method]
+        filtered = "tgf" in METHODS[method]
         assert 0.4 <= record["gradient_tokens"] < 0.8 if filtered else record["gradient_tokens"] == 1
 
     samples = lines(folder / "samples.jsonl")
@@ -128,7 +128,7 @@ def test_two_steps_of_every_method(method, start, workplace, some_right):
 
 
 def test_without_signal_nothing_is_learned(start, workplace, monkeypatch):
-    monkeypatch.setattr(vppo.reward, "grade", lambda *_: 0.0)
+    monkeypatch.setattr(reward, "grade", lambda *_: 0.0)
     folder, summary = run(start, "--output", "out", "--max_rounds", "2")
     for record in lines(folder / "metrics.jsonl"):
         assert set(record) == COLLECTED | {"seconds_rollout", "seconds_eval"} | VALIDATED
@@ -219,9 +219,9 @@ def test_interval_is_clustered_by_prompt(start, monkeypatch):
     task = digits.Digits("val", 2)
     right = task[0].answer
     assert right != task[1].answer
-    monkeypatch.setattr(vppo.reward, "grade", lambda text, truth, grader="exact": float(truth == right))
+    monkeypatch.setattr(reward, "grade", lambda text, truth, grader="exact": float(truth == right))
     state = torch.get_rng_state()
-    scores, records = evaluation.evaluate(policy, task, vppo.Config(max_new_tokens=2), 0, samples=6)
+    scores, records = evaluation.evaluate(policy, task, Config(max_new_tokens=2), 0, samples=6)
     assert torch.equal(torch.get_rng_state(), state)
     half = {"avg": 0.5, "avg_ci": pytest.approx(0.98), "pass": 0.5, "pass_ci": pytest.approx(0.98)}
     assert scores == half | {"majority": 0.0, "majority_ci": 0.0}  # two tokens make no box: nobody votes
@@ -234,7 +234,7 @@ def test_interval_is_clustered_by_prompt(start, monkeypatch):
 def test_default_output_is_numbered(workplace):
     names = []
     for flags in (["--seed", "3"], ["--seed", "3"], ["--seed", "3"], ["--method", "dapo"], ["--data", "some/where/set"]):
-        folder = train.output_folder(train.parse(flags)[0])
+        folder = output_folder(parse(flags)[0])
         assert not folder.exists()  # a run that fails to start leaves no folder behind
         folder.mkdir(parents=True)
         names.append(str(folder))
@@ -244,16 +244,16 @@ def test_default_output_is_numbered(workplace):
 def test_config_file_and_flags(workplace):
     values = {"method": "grpo", "steps": 7, "beta_max": 1.5, "share_prompt": False, "k": 0.25}
     Path("c.json").write_text(json.dumps(values))
-    cfg, _ = train.parse(["--config", "c.json", "--steps", "9"])
-    assert vars(cfg) == vars(vppo.Config()) | values | {"steps": 9}
-    assert train.parse(["--steps", "9", "--config=c.json"])[0] == cfg
-    assert train.parse([])[0] == vppo.Config()
+    cfg, *_ = parse(["--config", "c.json", "--steps", "9"])
+    assert vars(cfg) == vars(Config()) | values | {"steps": 9}
+    assert parse(["--steps", "9", "--config=c.json"])[0] == cfg
+    assert parse([])[0] == Config()
 
 
 def test_a_runs_own_config_repeats_it(workplace):
-    cfg, _ = train.parse(["--method", "tas", "--lr", "3e-5", "--clip_high", "0.3", "--no_share_prompt"])
+    cfg, *_ = parse(["--method", "tas", "--lr", "3e-5", "--clip_high", "0.3", "--no_share_prompt"])
     Path("c.json").write_text(json.dumps(vars(cfg)))
-    assert train.parse(["--config", "c.json"])[0] == cfg
+    assert parse(["--config", "c.json"])[0] == cfg
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from lab.bench import peak_memory
 from transformers import AutoConfig
 
-import tiny
 import train
-from dryrun import KNOWN
+from config import parse
+from dryrun import KNOWN, count_parameters
+from lab.bench import peak_memory
+from laptop import tiny
 from loss import token_entropy
-from memory import count_parameters
 
 ROOT = Path(train.__file__).parent
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))
@@ -42,7 +42,7 @@ def offline(folder, *words, **environment):
 def described(capsys, *flags):
     """What --dry_run prints, in this process."""
     with pytest.raises(SystemExit) as end:
-        train.parse([*flags, "--dry_run"])
+        train.main([*flags, "--dry_run"])
     assert not end.value.code
     return capsys.readouterr().out
 
@@ -196,10 +196,10 @@ def test_an_unknown_hub_id_is_no_error(capsys, workplace):
 
 
 def test_dry_run_is_no_field(workplace):
-    train.parse(["--method", "grpo"])
+    parse(["--method", "grpo"])
     Path("c.json").write_text('{"dry_run": true}')
     with pytest.raises(ValueError, match="unknown fields: dry_run"):
-        train.parse(["--config", "c.json"])
+        parse(["--config", "c.json"])
 
 
 @pytest.mark.parametrize("name, weights", [("Qwen3-VL-8B", 8.77e9), ("Qwen2.5-VL-7B", 8.29e9)])
@@ -238,7 +238,7 @@ def test_unsound(flags, message, workplace, monkeypatch):
     Path("broken/config.json").write_text("{")
     Path("rows/metadata.jsonl").write_text('{"file_name": "a.png"}')
     with pytest.raises(ValueError, match=message) as error:
-        train.parse([*flags.split(), "--dry_run"])
+        train.main([*flags.split(), "--dry_run"])
     assert "\n" not in str(error.value)
 
 
@@ -246,19 +246,28 @@ def test_unsound(flags, message, workplace, monkeypatch):
 # The table of sources, and what the estimate says of an entropy penalty
 # ---------------------------------------------------------------------------------------------------------------------
 def test_every_field_stands_in_the_table():
+    """Two kinds of tables: a row for a field with a column for each config, and a row for a long value with the configs that have it."""
     lines = [line for line in (ROOT / "configs" / "README.md").read_text().splitlines() if line.startswith("|")]
-    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    columns = {path: next(c for c, name in enumerate(header) if c and path.stem.endswith(name)) for path in CONFIGS}
-    assert len(set(columns.values())) == len(CONFIGS) == len(header) - 2
-    for path, column in columns.items():
-        listed = {cells[0]: cells[column] for cells in rows if cells[column] != "-"}
-        values = json.loads(path.read_text())
-        assert set(listed) == set(values)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("|---")]
+    names = {path: next(name for name in ("7b", "32b", "3b-single-gpu", "qwen3-vl-8b") if path.stem.endswith(name)) for path in CONFIGS}
+    wide, long = ["field", "7b", "32b", "3b-single-gpu", "qwen3-vl-8b", "source"], ["field", "value", "configs", "source"]
+    listed = {name: {} for name in names.values()}
+    assert len(listed) == len(CONFIGS) == 4 and wide in rows and long in rows
+    for row in rows:
+        if row in (wide, long):
+            header = row
+            continue
+        assert len(row) == len(header) and re.match("Table|Appendix|Section|Eq\\.|official|ours", row[-1]), row[0]
+        values = dict(zip(wide[1:-1], row[1:-1])) if header == wide else dict.fromkeys(row[2].split(", "), row[1])
         for name, value in values.items():
-            assert listed[name] == value if isinstance(value, str) else json.loads(listed[name]) == value, (path.name, name)
-    for cells in rows:
-        assert re.match("Table|Appendix|Section|Eq\\.|official|ours", cells[-1]), cells[0]
-        assert len(cells) == len(header)
+            assert row[0] not in listed[name]  # each field once
+            listed[name] |= {row[0]: value} if value != "-" else {}
+    for path, name in names.items():
+        values = json.loads(path.read_text())
+        assert set(listed[name]) == set(values)
+        for field, value in values.items():
+            shown = listed[name][field]
+            assert shown == value if isinstance(value, str) else json.loads(shown) == value, (path.name, field)
 
 
 @pytest.mark.parametrize("exact, factor", [(False, 4), (True, 7)])

@@ -19,13 +19,13 @@ from processes import ONE_THREAD, ROOT, python
 import benchmarks
 import data
 import eval as evaluation
-import tiny
 import train
-from data import example_at, load_data, open_image, resize
-from digits import Digits
-from model import encode
-from prompts import fetch, first_prompt, usable
-from vppo import Config, check, train_step
+from config import Config, check
+from data import load_data, open_image, resize
+from laptop import tiny
+from laptop.digits import Digits
+from prompts import encode, example_at, fetch, first_prompt, usable
+from vppo import train_step
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-import digits
 import dependency
 from dependency import MASKS, METRICS
-from model import encode, with_images
+from laptop import digits
+from prompts import encode, with_images
 from rollout import generate
 
 LOG2 = float(np.log(2))

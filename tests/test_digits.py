@@ -5,11 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-import digits
 import reward
-import tiny
-from data import example_at
-from digits import KIND_SHARE, KINDS, POOLS, WORDS, Digits, write_drill, write_response
+from laptop import digits, tiny
+from laptop.digits import KIND_SHARE, KINDS, POOLS, WORDS, Digits, write_drill, write_response
+from prompts import example_at
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from processes import ONE_THREAD, ROOT, children, python
 from step_worker import CUTS
 from transformers import AutoModelForImageTextToText
 
-import digits
 import model
-import tiny
 from checkpoint import every
-from model import Policy, encode
+from laptop import digits, tiny
+from model import Policy
+from prompts import encode
 from rollout import generate
 from vppo import Batch
 

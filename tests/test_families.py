@@ -16,13 +16,14 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 import dependency
 import eval as evaluation
-import tiny
+import reward
 import train
 import vppo
-from data import Example
-from model import Policy, encode, load, save, with_images
+from config import Config
+from laptop import tiny
+from model import Policy, load, save
+from prompts import Example, encode, with_images
 from rollout import generate
-from vppo import Config
 
 SYSTEM = "you are helpful"
 
@@ -223,7 +224,7 @@ def test_pixels_matter(policy, prompts):
 
 def test_a_training_step(folder, tmp_path, monkeypatch):
     """train_step on mixed rows, a text-only one among them: finite, and vision tower, connector and language model all move."""
-    monkeypatch.setattr(vppo.reward, "grade", lambda text, *_: float(len(text) % 2))  # random models never answer right
+    monkeypatch.setattr(reward, "grade", lambda text, *_: float(len(text) % 2))  # random models never answer right
     for method, extra in (("vppo", {}), ("dapo", {"entropy_penalty": 0.01})):
         policy = Policy(*load(str(folder))).train()
         before = copy.deepcopy(policy.state_dict())
@@ -239,7 +240,7 @@ def test_a_training_step(folder, tmp_path, monkeypatch):
         if method == "vppo":
             S = batch.dependency.sum(dim=1)
             assert all((S[row] < 1e-6) == (name == "no image") for row, name in enumerate(rows))
-        assert torch.allclose(batch.old_logprobs, vppo.dependency.score(Policy(*load(str(folder))), batch.rollout)["logprobs"], atol=1e-4)
+        assert torch.allclose(batch.old_logprobs, dependency.score(Policy(*load(str(folder))), batch.rollout)["logprobs"], atol=1e-4)
     save(policy, tmp_path / "saved")
     again = Policy(*load(str(tmp_path / "saved")))
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in policy.state_dict().items())

@@ -15,7 +15,6 @@ from torch.testing import assert_close
 
 import loss
 
-
 f64 = partial(torch.tensor, dtype=torch.float64)
 
 

@@ -13,10 +13,11 @@ import dependency
 import eval as evaluation
 import loss
 import model
+import prompts
 import report
-import tiny
-from data import Example
-from digits import Digits
+from laptop import tiny
+from laptop.digits import Digits
+from prompts import Example
 from rollout import cut
 
 EVIL = '<script>alert("1")</script>'
@@ -133,8 +134,8 @@ def test_shades_and_boxes_are_the_methods_own(policy, made):
     means = []
     for q, kept_record in enumerate(records):
         example = dataset[q]
-        prompt = model.encode(policy.processor, example)
-        masked = model.with_images(policy.processor, prompt, dependency.mask_images(example.images, "blacken", [3, q, 0]))
+        prompt = prompts.encode(policy.processor, example)
+        masked = prompts.with_images(policy.processor, prompt, dependency.mask_images(example.images, "blacken", [3, q, 0]))
         for g, ids in enumerate(kept_record["response_ids"]):
             rollout = cut(policy, [prompt], torch.tensor([ids]))
             S = dependency.score(policy, rollout, [masked])["dependency"]

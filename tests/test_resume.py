@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import ONE_THREAD, ROOT, kill, python
 from safetensors.torch import load_file
 
 import checkpoint
 import distributed
 import eval as evaluation
+import loss
 import train
 import vppo
-from processes import ONE_THREAD, ROOT, kill, python
+from config import Config, parse
 
 SHORT = "--prompts_per_step 2 --max_new_tokens 24 --test_prompts 4 --eval_samples 2 --eval_prompts 2 --eval_every 2 --save_every 1".split()
 
@@ -178,22 +180,22 @@ def test_a_checkpoint_before_the_first_update_holds_no_optimizer_state(raw_polic
 
 def test_a_restart_by_torchrun_finds_its_run(flags, reference, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    assert train.parse(flags)[1] is None  # the first start
+    assert parse(flags)[1] is None  # the first start
     shutil.copytree(reference, "out")
-    assert train.parse(flags)[1] == Path("out")
-    assert train.parse([*flags, "--resume", "out/checkpoints/step-000001"])[1] == Path("out")  # not from there once more
+    assert parse(flags)[1] == Path("out")
+    assert parse([*flags, "--resume", "out/checkpoints/step-000001"])[1] == Path("out")  # not from there once more
     Path("c.json").write_text(json.dumps({"output": "out"}))
-    assert train.parse([*flags[:-2], "--config", "c.json"])[1] == Path("out")
+    assert parse([*flags[:-2], "--config", "c.json"])[1] == Path("out")
     with pytest.raises(ValueError, match="--max-restarts needs --output"):
-        train.parse(["--steps", "4"])
+        parse(["--steps", "4"])
 
 
 def test_resume_with_a_config_file(flags, reference):
     shutil.copytree(reference, "out")
     Path("c.json").write_text(json.dumps({"output": "out"}))
-    assert train.parse([*flags[:-2], "--config", "c.json", "--resume"])[1] == Path("out")
+    assert parse([*flags[:-2], "--config", "c.json", "--resume"])[1] == Path("out")
     with pytest.raises(ValueError, match="--output elsewhere is not the folder of --resume out"):
-        train.parse(["--resume", "out", "--output", "elsewhere"])
+        parse(["--resume", "out", "--output", "elsewhere"])
 
 
 def test_more_ranks_than_prompts(flags, monkeypatch):
@@ -227,14 +229,14 @@ def test_only_the_newest_are_kept(flags):
 # ---------------------------------------------------------------------------------------------------------------------
 def poisoned(monkeypatch, calls):
     """policy_loss returns NaN at some of its calls (None: at all)."""
-    original, count = vppo.loss.policy_loss, []
+    original, count = loss.policy_loss, []
 
     def nan(*arguments):
         count.append(1)
         value, numbers = original(*arguments)
         return (value * float("nan") if calls is None or len(count) - 1 in calls else value), numbers
 
-    monkeypatch.setattr(vppo.loss, "policy_loss", nan)
+    monkeypatch.setattr(loss, "policy_loss", nan)
 
 
 def test_a_nan_skips_its_update_alone(flags, monkeypatch):
@@ -281,7 +283,7 @@ def test_a_full_disk_stops_the_log_with_a_sentence():
         train.append(Path("/dev/full"), {"step": 1})
 
 
-@pytest.mark.parametrize("script, config", [(train, vppo.Config), (evaluation, evaluation.EvalConfig)])
+@pytest.mark.parametrize("script, config", [(train, Config), (evaluation, evaluation.EvalConfig)])
 def test_out_of_memory_names_the_flags_to_turn(script, config, monkeypatch):
     """One sentence, exit 1, and the flags it names exist."""
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import digits
-from model import collate, encode, with_images
+from laptop import digits
+from prompts import collate, encode, with_images
 from rollout import Rollout, concatenate, cut, generate
 
 
@@ -94,7 +94,7 @@ def test_checkpoint_defaults_do_not_leak_into_sampling(raw_policy, prompts):
 def test_select_concatenate_and_micro_batches(raw_policy, prompts):
     torch.manual_seed(0)
     rollout = generate(raw_policy, prompts, 3, max_new_tokens=6)
-    back = concatenate([rollout.select([0, 1]), rollout.select([2]), rollout.select([3])])
+    back = concatenate([rollout.subset([0, 1]), rollout.subset([2]), rollout.subset([3])])
     assert torch.equal(back.response_ids, rollout.response_ids) and back.texts == rollout.texts
     for tokens in (1, 30, 70, 120, 10**6):
         pieces = list(rollout.micro_batches(tokens))

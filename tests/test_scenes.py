@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 import reward
-import scenes
-import tiny
 from data import load_data
-from digits import POOLS, WORDS, Digits
-from scenes import KIND_SHARE, KINDS, SHAPES, Scenes, write_drill, write_response
+from laptop import scenes, tiny
+from laptop.digits import POOLS, WORDS, Digits
+from laptop.scenes import KIND_SHARE, KINDS, SHAPES, Scenes, write_drill, write_response
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import digits
 import dependency
 import loss
 import reward
-import tiny
 import train
 from data import load_data
-from model import encode, with_images
+from laptop import digits, tiny
+from prompts import encode, with_images
 from rollout import generate
 
 

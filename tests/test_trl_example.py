@@ -6,14 +6,15 @@ import torch
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
-from examples import trl_vppo
 from transformers import TrainerCallback
 
 import reward
-from data import Example
-from model import Policy, encode, load
+from config import Config
+from examples import trl_vppo
+from model import Policy, load
+from prompts import Example, encode
 from rollout import Rollout
-from vppo import Batch, Config, measure, modulate, update
+from vppo import Batch, measure, modulate, update
 
 Q, G, SEED = 6, 4, 3
 

@@ -5,13 +5,14 @@ import json
 
 import pytest
 import torch
-from lab.variance import CHOICES, FACTORS, METHODS, estimates, intervals, main, sentences, table, tally, token_scores
 
-import digits
 import loss
-from model import encode
+from config import Config
+from lab.variance import CHOICES, FACTORS, METHODS, estimates, intervals, main, sentences, table, tally, token_scores
+from laptop import digits
+from prompts import encode
 from rollout import generate
-from vppo import Batch, Config, measure, modulate, update
+from vppo import Batch, measure, modulate, update
 
 T, G = 10, 4
 

@@ -1,0 +1,282 @@
+"""README and docs: every link leads somewhere, every function named exists, every recipe works, the limits of size hold.
+
+Numbers are checked where their source is: those of docs/results.md and of the README here against results/*.json, the memory
+table in test_memory.py, the configs' sources in test_configs.py.
+"""
+
+import ast
+import inspect
+import json
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+import vppo
+from data import Example
+
+ROOT = Path(vppo.__file__).parent
+TRACKED = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"]
+PAGES = sorted(name for name in subprocess.run(TRACKED, cwd=ROOT, capture_output=True, text=True).stdout.split() if (ROOT / name).exists())
+LINK = re.compile(r"\[((?:[^\[\]]|\[[^\[\]]*\](?:\([^()]*\))?)*)\]\(([^()\s]+)\)|(?:href|src|srcset)=\"([^\" ]+)")
+NAMED = re.compile(r"`([\w/.-]+\.py): ([^`]+)`")  # `loss.py: token_filter, kept_count`
+# What belongs to torchrun and pytest, or turns a flag of ours off.
+FOREIGN = {"tb", "nproc_per_node", "nnodes", "max-restarts", "rdzv_backend", "rdzv_endpoint", "no_share_prompt"}
+
+
+def prose(page):
+    """A page without its code blocks, which are fenced or indented by four spaces after an empty line."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.M | re.S)
+    return re.sub(r"(?<=\n\n)((?: {4}.*\n)+)", "", text)
+
+
+def fenced(page):
+    """The fenced code blocks of a page: (language, text)."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S)
+
+
+def anchor(heading):
+    """GitHub's anchor of a heading: links become their text, letters lower case, punctuation goes, each space is a hyphen."""
+    text = re.sub(r"!?\[([^\[\]]*)\]\([^()]*\)", r"\1", heading)
+    return re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-")
+
+
+@cache
+def anchors(page):
+    """All anchors of a page; a heading that comes again gets a number."""
+    found = []
+    for heading in re.findall(r"^#{1,6} (.*)$", prose(page), flags=re.M):
+        again = sum(re.fullmatch(re.escape(anchor(heading)) + r"(-\d+)?", old) is not None for old in found)
+        found.append(anchor(heading) + (f"-{again}" if again else ""))
+    return found
+
+
+def links(page):
+    """(text, target) of every link and picture of a page, also of a picture that is a link."""
+    for text, target, attribute in LINK.findall(prose(page)):
+        yield text, target or attribute
+        if text.startswith("!["):
+            yield "", LINK.match(text[1:])[2]
+
+
+@cache
+def names_in(file):
+    """Everything a Python file defines: functions, classes and methods, and what is assigned at the top or in a class."""
+    tree = ast.parse((ROOT / file).read_text())
+    found = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for node in ast.walk(tree):
+        for line in node.body if isinstance(node, (ast.Module, ast.ClassDef)) else []:
+            targets = line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) else []
+            found |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Links, names, commands
+# ---------------------------------------------------------------------------------------------------------------------
+def test_the_rule_for_anchors():
+    assert anchor("Is 0.5 right? (Eq. 5) & `loss.py`") == "is-05-right-eq-5--losspy"
+    assert anchor("[table4](../results/table4.md): which tokens, TGF_only") == "table4-which-tokens-tgf_only"
+    assert "README.md" in PAGES and "docs/results.md" in PAGES
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    lost = []
+    for _, target in links(page):
+        if re.match(r"https?:|mailto:", target):
+            continue
+        path, _, mark = unquote(target).partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        inside = file.resolve().is_relative_to(ROOT)
+        if not inside or not file.exists():
+            lost.append(target)
+        elif mark and (file.suffix != ".md" or mark not in anchors(file.resolve().relative_to(ROOT).as_posix())):
+            lost.append(target)  # only our own pages have anchors that can be checked
+    assert not lost
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_function_named_exists(page):
+    missing = []
+    for file, names in NAMED.findall((ROOT / page).read_text()):
+        known = names_in(file) if (ROOT / file).exists() else set()
+        missing += [f"{file}: {name}" for name in re.split(r",\s*", names) if name not in known]
+    for text, target in links(page):  # a link with a function's name leads to its file
+        for file, _ in NAMED.findall(text):
+            missing += [] if ((ROOT / page).parent / target).resolve() == ROOT / file else [f"{text} -> {target}"]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith("results/")])
+def test_every_command_and_flag_exists(page):
+    text = (ROOT / page).read_text()
+    for script in re.findall(r"python ([\w/]+\.py)\b", text):
+        assert (ROOT / script).exists(), script
+    for module in re.findall(r"python -m ((?:lab|exercises|examples)\.\w+)", text):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+    for test in re.findall(r"`(tests/\w+\.py)`", text):
+        assert (ROOT / test).exists(), test
+    sources = [file.read_text() for folder in (".", "lab") for file in (ROOT / folder).glob("*.py")]
+    known = {name for source in sources for name in re.findall(r"^    (\w+): .*= (?:option|field)\(", source, flags=re.M)}
+    known |= {name for source in sources for name in re.findall(r'"--([a-z_]+)"', source)} | {"help"}
+    flags = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
+    assert flags <= known | FOREIGN, flags - known - FOREIGN
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Limits
+# ---------------------------------------------------------------------------------------------------------------------
+def test_the_readme_is_one_screen():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 160 and len(text.split()) <= 1600
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 40
+
+
+def test_the_readme_lists_every_page():
+    listed = {target for _, target in links("README.md")}
+    assert {page for page in PAGES if page.startswith("docs/")} <= listed
+
+
+def test_the_readmes_commands_can_be_copied():
+    for language, block in fenced("README.md"):
+        if language != "math":
+            assert not re.search(r"\S[ \t]+#", block), block
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith("results/")])  # those are written by lab/
+def test_no_table_row_is_too_wide(page):
+    assert [line for line in (ROOT / page).read_text().splitlines() if line.startswith("|") and len(line) > 160] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipes of "Plug it into your trainer"
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def recipes():
+    """The functions that the README hands to train.main, and the command line."""
+    handed = {}
+    recipe = "\n".join(block for language, block in fenced("README.md") if language == "python")
+    original, train.main = train.main, lambda argv, **words: handed.update(words, argv=argv)
+    try:
+        exec(compile(recipe, "README.md", "exec"), {})
+    finally:
+        train.main = original
+    return handed
+
+
+def test_recipes_are_handed_to_the_training_step(recipes):
+    assert list(recipes)[:-1] == ["reward", "mask_image", "metric", "credit"]
+    assert set(recipes) - {"argv"} <= set(inspect.signature(vppo.train_step).parameters)
+    train.parse(recipes["argv"])
+
+
+def test_the_reward_mask_and_metric(recipes):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (28, 84, 3), dtype=np.uint8))
+    example = Example([image], "what is 3 + 4 ?", "7")
+    assert recipes["reward"]("so \\boxed{7}", example, None) == 1.0
+    assert recipes["reward"]("so \\boxed{8}", example, None) == recipes["reward"]("7" * 300, example, None) == 0.0
+
+    masked = recipes["mask_image"](image, np.random.default_rng(0))
+    assert masked.size == image.size and masked.mode == image.mode and np.any(np.asarray(masked) != np.asarray(image))
+
+    logits = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, 0.0, 0.0]])  # p = (1/2, 1/2, 0) and (1/3, 1/3, 1/3)
+    S = recipes["metric"](logits, logits.flip(1), torch.zeros(2, dtype=torch.long))
+    assert S.tolist() == pytest.approx([1 / 2, 0])
+
+
+def test_the_credit_rule(recipes):
+    batch = SimpleNamespace(dependency=torch.tensor([[0.1, 0.01, 0.0], [2.0, 0.06, 0.0]]), rewards=torch.tensor([1.0, 0.0]))
+    recipes["credit"](batch, SimpleNamespace(group_size=2))
+    assert batch.token_mask.tolist() == [[True, False, False], [True, True, False]]
+    assert batch.alpha.tolist() == [1, 1] and batch.advantages.tolist() == pytest.approx([0.5**0.5, -(0.5**0.5)], abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+# ---------------------------------------------------------------------------------------------------------------------
+def result(name):
+    """{label: cell} of a page of results, from its JSON file."""
+    return {cell["label"]: cell for cell in json.loads((ROOT / "results" / f"{name}.json").read_text())["cells"]}
+
+
+def test_docs_results_has_the_results_numbers():
+    """Each section whose heading links a page of results/ has that page's rows: scores, published scores, paired differences."""
+    seen = {}
+    for part in re.split(r"^### ", (ROOT / "docs" / "results.md").read_text(), flags=re.M)[1:]:
+        name = re.match(r"\[(\w+)\]\(\.\./results/\1\.md\): ", part)[1]
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")]
+        header, _, *rows = lines
+        cells = result(name)
+        assert [row[0] for row in rows] == list(cells), name
+        for row in rows:
+            cell, shown = cells[row[0]], dict(zip(header, row, strict=True))
+            assert shown["here, %"] == f"{cell['mean']:.1f} +- {cell['half']:.1f}"
+            published = isinstance(cell["published"], (int, float))
+            assert shown.get("paper, %", "") == (f"{cell['published']:.1f}" if published else "")
+            expected = ""
+            if "reference" in cell:
+                mean, half = cell["difference"], cell["difference_half"]
+                bold = "**" * (abs(mean) > half)
+                expected = f"to {cell['reference']}: {bold}{mean:+.1f} +- {half:.1f}{bold}"
+            assert shown.get("paired difference here", "") == expected
+            gap = cell.get("published_difference")
+            assert shown.get("paper's difference", "") == ("" if gap is None else f"{gap:+.1f}")
+        seen[name] = json.loads((ROOT / "results" / f"{name}.json").read_text())["seeds"]
+    everything = [json.loads(file.read_text()) for file in (ROOT / "results").glob("*.json")]
+    scores = {page["name"] for page in everything if "avg@8" in page.get("unit", "")} - {"figure5"}  # the README has figure5
+    assert scores == set(seen)
+    text = (ROOT / "docs" / "results.md").read_text()
+    ten, three = text.split("## Main tables, ten seeds")[1].split("## Smaller tables, three seeds")
+    assert all((f"### [{name}]" in (ten if seeds == 10 else three)) for name, seeds in seen.items())
+
+
+def number(name, label, scale=1, form=".1f"):
+    """A row's number as text."""
+    return f"{scale * result(name)[label]['mean']:{form}}"
+
+
+def difference(name, label):
+    """A row's difference to the one it is compared with, and half of its interval, as text."""
+    cell = result(name)[label]
+    return f"{cell['difference']:+.1f} +- {cell['difference_half']:.1f}"
+
+
+def test_sentences_have_the_results_numbers():
+    readme, results = (re.sub(r"\s+", " ", (ROOT / page).read_text()) for page in ("README.md", "docs/results.md"))
+    vppo_, dapo = number("figure5", "VPPO"), number("figure5", "DAPO")
+    assert f"{vppo_} % of held-out answers, DAPO at {dapo} %" in readme
+    assert f"{vppo_} % of held-out answers are right with VPPO and {dapo} % with DAPO" in results
+    cell = result("figure5")["VPPO"]
+    ends = [cell["difference"] + sign * cell["difference_half"] for sign in (-1, 1)]
+    assert f"{cell['difference']:.1f}, with a 95 % interval from {ends[0]:.1f} to {ends[1]:.1f}" in results
+    for name, label, sentence in [
+        ("table1_large", "VPPO", "With a larger model the difference is {}"),
+        ("table1_penalty", "VPPO", "entropy penalty of 0.06 in both methods it is {}"),
+        ("table2", "TGF only", "TGF without shaping is at {} to DAPO"),
+        ("table2", "TAS only", "For shaping alone (TAS) nothing is decided: {}"),
+        ("table10", "0.06, exact", "gives DAPO {} points at 0.06"),
+        ("table10", "0.06, sampled", "does nothing** ([table10](../results/table10.md)): {} at 0.06"),
+        ("table12", "drop", "costs less than published** ([table12](../results/table12.md)): {} points to KL"),
+        ("table1", "DAPO", "DAPO does not beat GRPO**: {}"),
+        ("table1_large", "DAPO", "with the larger model {}"),
+    ]:
+        assert sentence.format(difference(name, label)) in results, sentence
+    blind = [result("table1")[label] for label in ("base", "GRPO", "DAPO", "VPPO")]
+    shares = [f"{cell['blind']:.1f} +- {cell['blind_half']:.1f} %" for cell in blind]
+    assert f"{blind[0]['blind']:.0f} % of the base's responses read no digit" in results
+    assert f"that is {shares[1]} with GRPO, {shares[2]} with DAPO and {shares[3]} with VPPO" in results
+    assert f"ROC curve is {number('dependency_quality', 'blacken, kl, prompt', form='.3f')} for KL" in results
+    assert f"The area of k3 is {number('dependency_quality', 'blacken, k3, prompt', form='.3f')}" in results
+    kept = [number("figure7", f"kept, {kind}", scale=100, form=".0f") for kind in ("digits read", "fillers")]
+    assert f"{kept[0]} % of the digits that are read, {kept[1]} % of fillers" in results
+    slower = result("table14")["VPPO over DAPO, %"]
+    assert f"takes {slower['mean']:.1f} +- {slower['half']:.1f} % longer than DAPO's" in results
