@@ -29,11 +29,12 @@ from tqdm import tqdm
 # What this file needs of the project, in one place.
 import dependency
 import report
-import tiny
-from digits import WORDS, Digits, is_reading
+from config import Config, check, command_line, option
 from eval import evaluate
+from laptop import tiny
+from laptop.digits import WORDS, Digits, is_reading
 from model import Policy, load
-from vppo import Config, check, command_line, option, train_step
+from vppo import train_step
 
 LEVELS = report.LEVELS  # S where the next darker shade begins
 RANGES = ["0.01 to 0.1", "0.1 to 1", "above 1"]  # the same as text

@@ -12,9 +12,10 @@ from PIL import Image
 # What this file needs of the project, in one place.
 import loss
 import report
-from digits import Digits
+from config import Config
 from lab import film
-from vppo import Config, train_step
+from laptop.digits import Digits
+from vppo import train_step
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EVIL = '<script>alert("1")</script>&\x00\u202e'
