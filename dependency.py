@@ -9,7 +9,7 @@ next token agree, the token could have been written blindfolded. If they differ,
     METRICS    D            kl (Eq. 3, the paper's choice), jsd, drop, and k3, which the official code uses instead of kl
     score      both passes over a rollout batch: old_logprobs, entropy and S at once
 
-Two things differ from the official code. Eq. 3 is computed exactly, over the whole vocabulary, where the official code estimates it
+Two things in this file differ from the official code (docs/deviations.md has all). Eq. 3 is computed exactly, over the whole vocabulary, where the official code estimates it
 from the one sampled token. And a masked image is drawn once per prompt. The official code draws one for each response, which it calls a
 rollout (here: `mask_per="rollout"`).
 """
@@ -152,7 +152,7 @@ def score(policy, rollout, masked_prompts=None, metric="kl", tokens_per_batch=16
         states = policy.states([rollout.prompts[q] for q in groups], ids, mask)[mask]  # (N, H): padding dropped
         masked_states = None
         if masked_prompts is not None:
-            chosen = groups if len(masked_prompts) == len(rollout.prompts) else rows
+            chosen = groups if len(masked_prompts) == len(rollout.prompts) else rows  # one masked prompt per group, or per response
             masked_states = policy.states([masked_prompts[i] for i in chosen], ids, mask)[mask]
         for key, values in score_tokens(policy.logits, states, masked_states, ids[mask], metric).items():
             out[key][rows] = torch.zeros_like(ids, dtype=values.dtype).masked_scatter(mask, values)

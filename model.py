@@ -180,7 +180,7 @@ class Policy(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
 
     def path(self):
-        """How prompts are run now. The docs call the first two "shared".
+        """How prompts are run now.
 
         "cache": once, its cache repeated for the group. "packed": once, the group's responses after it in one sequence. "plain": once
         for each response. Activation checkpointing and FSDP2 cannot train through a cache.
@@ -204,7 +204,7 @@ class Policy(nn.Module):
 
         Returns (cache, batch, offset). batch: the collated prompts' per-token tensors, repeated too. offset (B, 1): what to
         add to a token's count of real predecessors to get its position (in Qwen's three-axis positions an image advances by
-        less than its number of tokens). The last prompt token is left out because it is the one that predicts the first
+        less than its number of tokens: an image of 64 tokens as 8 x 8 advances by 8, so its offset is -56). The last prompt token is left out because it is the one that predicts the first
         response token: whoever continues feeds it first.
         """
         batch = collate(prompts, 1, self.pad_id, self.device)

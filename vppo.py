@@ -7,12 +7,13 @@
     3. modulate    which tokens carry gradient (TGF, Eq. 4), and by how much each response's advantage is scaled (TAS, Eq. 5)
     4. update      by default two gradient steps on the clipped objective (Eq. 6), each on half of the groups
 
-So a default step passes through the model five times. It generates. Without gradient it scores with the true and with the masked
-image. And it takes two updates. S and old_logprobs belong to the policy that wrote the responses, so they are measured once, before the
-first update changes it. An update also has to know S, because S decides which tokens have a gradient.
+So a default step runs the model in five stages. It generates. Without gradient it scores with the true and with the masked image. And
+it takes two updates, forward and backward. S and old_logprobs belong to the policy that wrote the responses, so they are measured once,
+before the first update changes it. An update also has to know S, because S decides which tokens have a gradient.
 
 DAPO and GRPO are this step with parts switched off (config.py: METHODS). Read dependency.py and loss.py next, where the equations are.
-On one process read `distributed.total(x)`, `part_of(x)`, `join(x)`, `gather(x)` as x, and skip all else that mentions `distributed`.
+On one process read `total(x)`, `part_of(x)`, `gather(x)` of distributed as x, `join(x)` as (x, all of it), `before(x)` as 0, and
+`passes(engine, m)` as a loop over the micro-batches m with `counts` = 1. Skip all else that mentions `distributed`.
 
 Shapes: Q prompts, G responses to each, B = Q * G responses in the order of their groups, T tokens in the longest response.
 """
@@ -45,7 +46,7 @@ def train_step(engine, optimizer, dataset, cfg, step, position, reward=None, mas
     credit(batch, cfg)                          phase 3: sets alpha (B,), token_mask (B, T) and advantages (B,); default: modulate
     S is measured for methods with "tgf" or "tas". For the others it is 0, so give a metric or a credit rule to method "vppo".
     """
-    # Sampling depends on (seed, step, rank) and masks on (seed, position), so a resumed run repeats itself.
+    # Sampling depends on (seed, step, rank) and masks on (seed, position, draw), so a resumed run repeats itself.
     torch.manual_seed(((cfg.seed * 1_000_003 + step) * 1_009 + distributed.rank()) % 2**63)
     lr = cfg.lr * (1 - step / cfg.steps) if cfg.lr_schedule == "linear" else cfg.lr
     for parameters in optimizer.param_groups:
@@ -57,7 +58,7 @@ def train_step(engine, optimizer, dataset, cfg, step, position, reward=None, mas
         batch, position, metrics = collect(policy, dataset, cfg, position, reward or grade_example)  # phase 1
         clock.append(time.perf_counter())
         metrics = {"step": step + 1, **metrics, "lr": lr, "skipped": int(batch is None)}
-        if batch is None:  # in no group do the rewards differ, so there is nothing to learn from
+        if batch is None:  # with DAPO's recipe: in no group do the rewards differ, so there is nothing to learn from
             return metrics | {"seconds_rollout": clock[1] - clock[0]}, position, None
         measure(policy, batch, cfg, mask_image, metric)  # phase 2
     (credit or modulate)(batch, cfg)  # phase 3, by your own rule or by modulate
@@ -87,7 +88,7 @@ class Batch:
 # ---------------------------------------------------------------------------------------------------------------------
 # Phase 1: rollout. The policy answers each prompt G times, and a program grades the answers. A group of equal rewards has advantage 0
 # and teaches nothing. DAPO's recipe, which "vppo" has too, drops it and samples a fresh prompt instead ("dynamic sampling"), for at
-# most cfg.max_rounds rounds. Without the recipe ("grpo") it stays: no gradient, but its tokens count in the divisor, its S in Eq. 5.
+# most cfg.max_rounds rounds. Without the recipe ("grpo") it stays: it has no gradient, but it counts in the divisor and in Eq. 5.
 # ---------------------------------------------------------------------------------------------------------------------
 def collect(policy, dataset, cfg, position, reward=grade_example):
     """Phase 1: up to Q prompts with G graded responses each. Returns (Batch or None, new position, metrics)."""
@@ -98,24 +99,24 @@ def collect(policy, dataset, cfg, position, reward=grade_example):
         found, position = fetch(policy, dataset, cfg, position, Q - len(examples), left_out)
         if not found:  # the batch is full; distributed: other ranks may need this round, so all go through it
             continue
-        places, asked, prompts = (list(column) for column in zip(*found))
+        new_positions, new_examples, prompts = (list(column) for column in zip(*found))
         limits = (cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.responses_at_once)
         rollout = generate(policy, prompts, cfg.group_size, *limits, progress="rollout" if distributed.rank() == 0 else None)
-        of_response = [example for example in asked for _ in range(cfg.group_size)]  # B
+        of_response = [example for example in new_examples for _ in range(cfg.group_size)]  # B
         graded = [float(reward(text, example, cfg)) for text, example in zip(rollout.texts, of_response)]
         graded = torch.tensor(graded, device=policy.device).reshape(-1, cfg.group_size)  # (Q, G)
         differ = (graded != graded[:, :1]).any(dim=1)  # (Q,) the groups that have a signal
         if number == 0:  # only the first round is a fair sample of the data
             counts += Counter(reward=graded.sum().item(), responses_at_first=graded.numel())
-        counts += Counter(prompts=len(asked), no_signal=int((~differ).sum()), responses=graded.numel())
+        counts += Counter(prompts=len(new_examples), no_signal=int((~differ).sum()), responses=graded.numel())
         counts += Counter(tokens=int(rollout.response_mask.sum()), truncated=int(rollout.truncated.sum()))
-        keep = [q for q in range(len(asked)) if differ[q] or not cfg.has("dapo")]
+        keep = [q for q in range(len(new_examples)) if differ[q] or not cfg.has("dapo")]
         if keep:
             rollouts.append(rollout.subset(keep))
-            examples += [asked[q] for q in keep]
-            positions += [places[q] for q in keep]
+            examples += [new_examples[q] for q in keep]
+            positions += [new_positions[q] for q in keep]
             rewards.append(graded[keep].flatten())
-    total = sum(distributed.gather([counts]), Counter())  # a name that is missing counts 0
+    total = sum(distributed.gather([counts]), Counter())  # a Counter leaves out what is 0, and reads it as 0
     metrics = {
         "reward": total["reward"] / max(1, total["responses_at_first"]),
         "no_signal": total["no_signal"] / max(1, total["prompts"]),
@@ -127,7 +128,7 @@ def collect(policy, dataset, cfg, position, reward=grade_example):
     if not distributed.total(len(examples)):
         return None, position, metrics
     if not examples:  # distributed: only other ranks have groups; this one goes along with an empty group, which counts nowhere
-        return Batch(rollout.subset([0]).emptied(), asked[:1], places[:1], graded[0]), position, metrics
+        return Batch(rollout.subset([0]).emptied(), new_examples[:1], new_positions[:1], graded[0]), position, metrics
     return Batch(concatenate(rollouts), examples, positions, torch.cat(rewards)), position, metrics
 
 
@@ -179,8 +180,8 @@ def modulate(batch, cfg):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Phase 4: update. In a step's first update the policy still is the one that wrote the responses, so every ratio is 1. In later
-# updates the ratio departs from 1, and the clip of Eq. 6 takes away the gradient of a token that went too far.
+# Phase 4: update. In a step's first update the policy still is the one that wrote the responses, so every ratio is 1, but for rounding.
+# In later ones it departs from 1. The clip takes away the gradient of a token that gained enough: above 1.28 if A > 0, below 0.8 if A < 0.
 # ---------------------------------------------------------------------------------------------------------------------
 def deal(batch, cfg):
     """The numbers of the groups of each update: groups are dealt out to the updates in turn."""
@@ -198,16 +199,16 @@ def update(engine, optimizer, batch, groups, cfg):
     """
     rollout, response_mask = batch.rollout, batch.rollout.response_mask
     average, clip_high = cfg.recipe()
-    own = response_mask[rollout.rows(groups)]
-    tokens, responses = distributed.total(int(own.sum())), distributed.total(int(own.any(dim=1).sum()))
+    chosen = response_mask[rollout.rows(groups)]
+    tokens, responses = distributed.total(int(chosen.sum())), distributed.total(int(chosen.any(dim=1).sum()))
     # (B, T) Tokens without a gradient need no logits. The entropy penalty gives one to every response token.
     needs_logits = response_mask & (bool(cfg.entropy_penalty) | (batch.token_mask > 0) & (batch.advantages != 0)[:, None])
-    weights = batch.token_mask * needs_logits  # (B, T) m of Eq. 4
+    weights = batch.token_mask * needs_logits  # (B, T) m of Eq. 4, and 0 where the log-prob is not computed
     exact = cfg.entropy_penalty > 0 and cfg.entropy_form == "exact"
     micro_batches = rollout.micro_batches(cfg.tokens_per_batch, [q for q in groups if needs_logits[rollout.rows([q])].any()])
     optimizer.zero_grad()
     sums = Counter(loss=0.0, tokens=0, clip_fraction=0.0, approx_kl=0.0)
-    for members, rows, counts in distributed.passes(engine, list(micro_batches)):  # prompts, their responses; counts is 1 on one process
+    for members, rows, counts in distributed.passes(engine, list(micro_batches)):  # prompts, their responses, 1
         prompts, ids = [rollout.prompts[q] for q in members], rollout.response_ids[rows]
         logprobs, entropy = engine(prompts, ids, response_mask[rows], needs_logits[rows], exact)
         value, stats = loss.policy_loss(
