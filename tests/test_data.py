@@ -25,7 +25,7 @@ from config import Config, check
 from data import load_data, open_image, resize
 from laptop import tiny
 from laptop.digits import Digits
-from prompts import encode, example_at, fetch, first_prompt, row_at, usable
+from prompts import Example, encode, example_at, fetch, first_prompt, row_at, usable
 from vppo import train_step
 
 
@@ -372,7 +372,7 @@ def collected(reader):
     import distributed
 
     image = Image.new("RGB", (28, 28))
-    examples = [data.Example([image], "what is it ? " * (20 if i in LONG else 1), str(i), f"row {i}") for i in range(12)]
+    examples = [Example([image], "what is it ? " * (20 if i in LONG else 1), str(i), f"row {i}") for i in range(12)]
     position, everything = 0, []
     quota = len(range(distributed.rank(), LIMIT.prompts_per_step, distributed.world()))
     for step in range(4):
@@ -457,7 +457,7 @@ def test_a_row_is_read_no_more_when_it_has_been_found_too_long(tmp_path, reader,
 
 def test_a_text_of_megabytes_is_not_cut_into_tokens(reader, monkeypatch):
     monkeypatch.setattr("prompts.encode", None)
-    example = data.Example([Image.new("RGB", (28, 28))], "word " * 200_000, "1", "set, line 7")
+    example = Example([Image.new("RGB", (28, 28))], "word " * 200_000, "1", "set, line 7")
     left_out = {"prompts_too_long": [], "bad_rows": []}
     assert usable(reader, [example], [0], Config(), left_out) == []
     assert left_out["prompts_too_long"] == ["set, line 7: problem of 1,000,000 letters exceeds --max_prompt_tokens 4096"]
