@@ -94,6 +94,14 @@ def one_line(error):
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
+def unheard(name):
+    """A sentence if what was printed went nowhere, and not because its reader had enough and left."""
+    lost = getattr(sys.stdout, "lost", None)
+    if isinstance(lost, OSError) and lost.errno != errno.EPIPE:
+        return f"{name}: finished, but what it printed is lost ({lost.strerror})"
+    return None
+
+
 def run(main, name, memory_flags):
     """Run a script's main function and end the process: errors that the user can do something about as one sentence."""
     import torch  # not at the top, see there
@@ -110,7 +118,7 @@ def run(main, name, memory_flags):
     except KeyboardInterrupt:
         leave(f"{name}: stopped by SIGINT", 128 + signal.SIGINT)
     except SystemExit as end:  # of --help
-        leave(end.code)
+        leave(end.code or unheard(name))
     except torch.OutOfMemoryError as error:
         leave(f"{name}: out of memory: lower {memory_flags} ({str(error).splitlines()[0]})")
     except (ValueError, ImportError, OSError) as error:
@@ -120,9 +128,7 @@ def run(main, name, memory_flags):
             traceback.print_exc()
         leave(f"{name}: stopped by the error above")
     else:
-        lost = sys.stdout.lost
-        full = isinstance(lost, OSError) and lost.errno != errno.EPIPE  # EPIPE: the reader left, who had enough
-        leave(*[f"{name}: finished, but what it printed is lost ({lost.strerror})"] if full else [])
+        leave(unheard(name))
     finally:  # reached in tests only, where `leave` does not end the process
         sys.stdout, sys.stderr = streams
         for number, handler in handlers.items():

@@ -499,7 +499,7 @@ def test_a_reader_who_leaves_does_not_end_the_run(flags, left, monkeypatch):
             patch.setattr(sys, "stdout", stream)
             ending.run(lambda: train.main([*flags, "--steps", "1"]), "train.py", "")
         os.dup2(os.open(os.devnull, os.O_WRONLY), writing)  # what it still holds can go now
-    assert left == [()] and json.loads(Path("out/summary.json").read_text())["steps"] == 1
+    assert left == [(None,)] and json.loads(Path("out/summary.json").read_text())["steps"] == 1
 
 
 def test_a_full_disk_for_the_output_is_said_at_the_end(left, monkeypatch):
