@@ -18,6 +18,7 @@ import argparse
 import importlib.util
 import itertools
 import os
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -309,7 +310,7 @@ def epochs(prompts, rows):
     return f" = {prompts / rows:.2f} epochs of {rows:,} rows" if rows and rows < 2**31 else ""
 
 
-def main(argv=None):
+def main(argv=()):
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     unknown = parser.parse_known_args(argv)[1]
@@ -334,4 +335,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    ending.run(main, "dryrun.py", "")
+    ending.run(lambda: main(sys.argv[1:]), "dryrun.py", "")

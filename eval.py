@@ -194,15 +194,18 @@ class Kept:
             reason = str(error).splitlines()[0]
             raise OSError(f"{self.records} cannot be written ({reason}): make room and go on with --resume") from error
 
-    def finish(self, records):
-        """Write all ranks' records in order into one file (rank 0), and forget how they came."""
+    def finish(self, records, result):
+        """Write eval.json and, in order, all ranks' records into one file (rank 0). Then nothing is unfinished any more."""
         if distributed.rank() == 0:
             staging = self.records.with_suffix(".new")
             staging.write_text("".join(json.dumps(record) + "\n" for record in records))
+            self.records.with_name("eval.json").write_text(json.dumps(result, indent=2) + "\n")
+            self.state.unlink(missing_ok=True)
             os.replace(staging, self.records)
-        else:
+        distributed.gather([])  # the other ranks' files go when rank 0 has written theirs
+        if distributed.rank():
+            self.state.unlink(missing_ok=True)
             self.records.unlink(missing_ok=True)
-        self.state.unlink(missing_ok=True)
 
 
 def check_same(before, now, folder):
@@ -267,18 +270,18 @@ def measure(policy, dataset, cfg, output):
     with_ids = report.EXAMPLES if cfg.report else 0
     kept = Kept(output, settings, cfg.resume)
     scores, records = evaluate(policy, dataset, cfg, cfg.prompts, cfg.samples, cfg.seed, with_ids=with_ids, kept=kept)
-    kept.finish(records)
+    result = {"model": cfg.model, "data": cfg.data, "split": cfg.split, "prompts": len(records), "samples": cfg.samples}
+    result |= {**scores, "settings": settings}
+    kept.finish(records, result)
     if distributed.rank():
         return
-    result = {"model": cfg.model, "data": cfg.data, "split": cfg.split, "prompts": len(records), "samples": cfg.samples, **scores}
-    done.write_text(json.dumps(result | {"settings": settings}, indent=2) + "\n")
     print(f"{describe(scores, cfg.samples)}   ({len(records)} prompts of {cfg.data}, {cfg.split}; responses in {output})")
     if cfg.report:
         heading = f"{cfg.model} on {cfg.data}, {cfg.split}: {describe(scores, cfg.samples)} ({len(records)} prompts)"
         page = report.page(policy, dataset, records[: report.EXAMPLES], cfg, heading)
         Path(cfg.report).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")  # a lone surrogate is no UTF-8
         print(f"which tokens looked at the image: {cfg.report}")
-    return result | {"settings": settings}
+    return result
 
 
 MEMORY = "--responses_at_once, or add --dtype bfloat16"  # what to lower when it is too small

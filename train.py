@@ -17,7 +17,6 @@ import ending  # first of all, so that Ctrl-C during the imports below is answer
 
 # isort: split
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -31,14 +30,14 @@ import torch
 from tqdm import tqdm
 
 import distributed
-from checkpoint import checkpoint_of, clean, restore, save_checkpoint
+from checkpoint import checkpoint_of, clean, nothing_left, restore, save_checkpoint, work_kept
 from config import output_folder, parse, run_of
 from data import load_source, sources
 from dryrun import dry_run
 from eval import describe, evaluate
 from laptop import tiny
 from model import Policy, load
-from prompts import Unusable, first_prompt, row_at
+from prompts import first_prompt, row_at
 from report import curves
 from reward import check_grader
 from vppo import train_step
@@ -162,22 +161,6 @@ def decide(cfg, resume):
     return distributed.gather([decision])[0]
 
 
-@contextlib.contextmanager
-def nothing_left(folder, resume):
-    """A new run that fails or is stopped inside leaves nothing behind that would be in the way of the next."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    except (Exception, KeyboardInterrupt):
-        if not resume and distributed.unlock(folder):  # else the folder is another run's
-            for file in [*(folder / name for name in ("config.json", "config.new", "test-before.jsonl", ".lock")), *folder.glob("events.*")]:
-                file.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                for path in new:
-                    path.rmdir()
-        raise
-
-
 def open_folder(folder, cfg, resume, path):
     """Make a new run's folder, or bring a resumed one to the state it had at checkpoint `path`; write config.json."""
     if distributed.rank():
@@ -222,22 +205,6 @@ def announce(cfg, policy, folder, model_folder, sharing, resume, path, progress)
     need, free = 12e-3 * size, shutil.disk_usage(folder).free / 1e9  # float32 weights and two Adam states of each
     if cfg.save_every and free < 2 * need:
         print(f"a checkpoint takes {need:.1f} GB, and the disk of {folder} has {free:.1f} GB free: make room, or --keep 1", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def work_kept(folder, keep):
-    """A fault inside ends the run, but first `keep` saves the work that is done. keep() -> whether anything is saved.
-
-    On several ranks saving needs all of them. So it is done only at a fault that all ranks see, which a bad row is.
-    """
-    try:
-        yield
-    except Exception as error:
-        if distributed.world() == 1 or isinstance(error, Unusable):
-            with contextlib.suppress(OSError):  # then this fault is not the first thing to mend, but the one to name
-                if keep() and distributed.rank() == 0:
-                    print(f"the work before this fault is saved; go on with: --resume {folder}")
-        raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
