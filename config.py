@@ -133,8 +133,8 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"), "grader": GRADERS, "log": ("", "tensorboard"), "text_only": ("refuse", "train"),
 }  # fmt: skip
 
-# The values of fields that are numbers: the lowest and the highest that make sense. Nothing is limited for taste: beyond these
-# ends a run stops with a traceback, trains to infinity, or does not differ from a run at the end itself.
+# The values of fields that are numbers: the lowest and the highest that are allowed. These ends are far from any value that makes
+# sense. They are there so that a slip (no number, a lost decimal point, a number no computer can count to) is refused at the start.
 MANY = 10**9
 RANGES = {
     "steps": (0, MANY), "seed": (0, 2**32 - 1), "prompts_per_step": (1, 10**6), "group_size": (2, 10**5), "max_rounds": (1, 1000),
