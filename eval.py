@@ -54,7 +54,7 @@ class EvalConfig:
     text_only: str = option("refuse", "a row without image: refuse (an error) or train (keep it)")
     skip_bad_rows: bool = option(False, "leave out and count rows that cannot be used, instead of an error")
     streaming: bool = option(False, "read the first rows of tables without downloading the others")
-    grader: str = option("exact", "exact or math-verify")
+    grader: str = option("exact", "exact or math-verify; graded is the last \\boxed{} that closes")
     responses_at_once: int = option(1024, "responses in one call of generate: memory")
     dtype: str = option("float32", "float32 or bfloat16: of computing")
     seed: int = option(0, "of sampling")

@@ -65,12 +65,12 @@ def main(argv=None, **own):
     with distributed.unsharded(policy):
         sharing = policy.check_sharing(first_prompt(policy, lambda p: example_at(train_data, p, cfg.seed), range(1000), cfg))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
-    if distributed.rank() == 0:  # only now: a run that fails to start leaves nothing behind
-        open_folder(folder, cfg, resume, path)
     progress = {"step": 0, "position": 0, "seconds": 0.0, "bad": 0, "before": None,
                 "left_out": {"prompts_too_long": 0, "bad_rows": 0}}  # fmt: skip
     if path:
         progress |= restore(policy, optimizer, path)
+    if distributed.rank() == 0:  # only now: a run that fails to start leaves nothing behind, and one that fails to resume all as it was
+        open_folder(folder, cfg, resume, path)
     found = f" from {path}" if path else ": it has no whole checkpoint yet"
     announce(cfg, policy, folder, model_folder, sharing, f"resumed at step {progress['step']}{found}" if resume else "")
 
