@@ -1,7 +1,7 @@
 """Everything a run depends on: the settings (Config), the methods, the command line, and the folder that a run writes to.
 
 One field of Config is one flag of train.py. Beside each field stands where its default comes from, or the paper's value where the
-laptop's differs. A reader who is after the algorithm needs only METHODS from this file.
+laptop's differs. A reader who is after the algorithm needs METHODS, and Config for what a flag means.
 """
 
 import argparse

@@ -9,9 +9,9 @@ next token agree, the token could have been written blindfolded. If they differ,
     METRICS    D            kl (Eq. 3, the paper's choice), jsd, drop, and k3, which the official code uses instead of kl
     score      both passes over a rollout batch: old_logprobs, entropy and S at once
 
-Two things differ from the official code. Eq. 3 is computed exactly, over the whole vocabulary, where the official code estimates it
-from the one sampled token. And a masked image is drawn once per prompt, where the official code draws one per response
-(here: `mask_per="rollout"`).
+Two things in this file differ from the official code (docs/deviations.md has all). Eq. 3 is computed exactly, over the whole vocabulary, where the official code estimates it
+from the one sampled token. And a masked image is drawn once per prompt. The official code draws one for each response, which it calls a
+rollout (here: `mask_per="rollout"`).
 """
 
 import numpy as np
@@ -120,8 +120,10 @@ METRICS = {"kl": kl, "jsd": jsd, "drop": probability_drop, "k3": k3}
 def mask_images(images, mask, key):
     """Masked copies of one prompt's images.
 
-    mask: a name in MASKS, or a function (image, rng) -> image of your own. key: the integers that all randomness comes from, which
-    are the seed, the example's position in the data and the number of the draw.
+    mask: a name in MASKS, or a function (image, rng) -> image of your own.
+    key:  the integers that all randomness of a mask comes from: the seed, the example's position in the run's data, and the number of
+          the draw (0, or the response's number in its group with `mask_per="rollout"`). The step, the rank and torch's generator
+          play no part, so the mask is the same wherever it is drawn. In the next epoch an example has another position.
     """
     rng = np.random.default_rng(key)
     hide = MASKS[mask] if isinstance(mask, str) else mask
@@ -130,7 +132,7 @@ def mask_images(images, mask, key):
 
 @torch.no_grad()
 def score(policy, rollout, masked_prompts=None, metric="kl", tokens_per_batch=16384):
-    """One scoring pass over a rollout batch: what phase 3 and the objective need to know about pi_old.
+    """Both scoring passes over a rollout batch: what phase 3 and the objective need to know about pi_old, the policy that wrote it.
 
     policy:         model.Policy; rollout: rollout.Rollout with Q prompts and B responses.
     masked_prompts: the same prompts encoded with masked images, Q of them (one per prompt) or B (one per response).
@@ -150,7 +152,7 @@ def score(policy, rollout, masked_prompts=None, metric="kl", tokens_per_batch=16
         states = policy.states([rollout.prompts[q] for q in groups], ids, mask)[mask]  # (N, H): padding dropped
         masked_states = None
         if masked_prompts is not None:
-            chosen = groups if len(masked_prompts) == len(rollout.prompts) else rows
+            chosen = groups if len(masked_prompts) == len(rollout.prompts) else rows  # one masked prompt per group, or per response
             masked_states = policy.states([masked_prompts[i] for i in chosen], ids, mask)[mask]
         for key, values in score_tokens(policy.logits, states, masked_states, ids[mask], metric).items():
             out[key][rows] = torch.zeros_like(ids, dtype=values.dtype).masked_scatter(mask, values)

@@ -123,19 +123,19 @@ def bare(engine):
     return getattr(engine, "module", engine)
 
 
-def passes(engine, pieces, response_mask):
-    """The micro-batches of one update, in turn: yields (prompts, rows, response mask of the rows), with a progress bar.
+def passes(engine, micro_batches):
+    """The micro-batches of one update, in turn: yields (prompts, rows, counts), with a progress bar.
 
-    All ranks get equally many, because a backward pass waits for the gradients of the other ranks. A rank that has fewer pieces than another runs its
-    first response again with an empty mask, which counts nowhere. DDP exchanges gradients in the last pass only. FSDP2
-    exchanges them in every pass, so that no rank ever holds all of them.
+    All ranks get equally many, because a backward pass waits for the gradients of the other ranks. A rank that has fewer than another
+    runs its first response once more, with counts = 0: its loss is multiplied by 0. Otherwise counts is 1. DDP exchanges
+    gradients in the last pass only. FSDP2 exchanges them in every pass, so that no rank ever holds all of them.
     """
-    number = max(gather([len(pieces)]))
+    number = max(gather([len(micro_batches)]))
     for i in tqdm(range(number), "update", leave=False, disable=None if rank() == 0 else True):
-        members, rows = pieces[i] if i < len(pieces) else ([0], [0])
+        piece = (*micro_batches[i], 1) if i < len(micro_batches) else ([0], [0], 0)
         apart = isinstance(engine, DistributedDataParallel) and i < number - 1
         with engine.no_sync() if apart else contextlib.nullcontext():
-            yield members, rows, response_mask[rows] & (i < len(pieces))
+            yield piece
 
 
 def clip_gradients(engine, max_norm):

@@ -213,7 +213,7 @@ def dimensions(name, data):
 def memory_of(cfg, config, weights, gpus):
     """memory_per_gpu of a Config. Prompts are as long as --max_prompt_tokens lets them be, and all image."""
     prompt = LAPTOP[cfg.data] if cfg.data in LAPTOP else dict(image_tokens=cfg.max_prompt_tokens, text_tokens=0)
-    every = cfg.entropy_penalty or cfg.soft or not cfg.has("tgf")  # all tokens get logits in the update: vppo.active_tokens
+    every = cfg.entropy_penalty or cfg.soft or not cfg.has("tgf")  # all tokens get logits in the update: vppo.update
     return memory_per_gpu(
         config, gpus, cfg.shard, response_tokens=cfg.max_new_tokens, group_size=cfg.group_size,
         tokens_per_batch=cfg.tokens_per_batch, responses_at_once=cfg.responses_at_once, k=1 if every else cfg.k,

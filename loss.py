@@ -9,7 +9,7 @@ Shapes used throughout:
        the end-of-sequence token is one of them.
     V  number of words in the vocabulary
 
-Three things differ from the official code (docs/deviations.md). The number of kept tokens, k*|o| rounded up, is computed exactly.
+Three things in this file differ from the official code (docs/deviations.md has all). The number of kept tokens, k*|o| rounded up, is computed exactly.
 Alpha is computed from all the responses that are given at once, so give it those of the whole batch. The exact entropy is
 offered beside the official penalty on sampled tokens, which has another gradient.
 """
@@ -96,6 +96,7 @@ def token_filter(dependency, response_mask, k=0.4):
     Example: |o| = 3, k = 0.4: ceil(1.2) = 2 tokens; S = (0.1, 2.0, 0.3): m = (0, 1, 1).
     """
     keep = kept_count(k, response_mask.long().sum(dim=1))  # (B,)
+    # argsort lists the tokens from the largest S down; scatter turns the list into the rank of each token.
     ranked = dependency.masked_fill(~response_mask.bool(), -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(ranked).scatter_(1, ranked, torch.arange(ranked.shape[1], device=ranked.device).expand_as(ranked))
     return (rank < keep[:, None]) & response_mask.bool()
@@ -153,7 +154,7 @@ def policy_loss(
     token_mask:    (B, T) bool m of Eq. 4, or float weights (`soft_filter`); None keeps every token.
     clip_low, clip_high: eps below and above; the paper's Eq. 6 has one eps, its recipe DAPO's "clip-higher" 0.2 / 0.28.
     dual_clip:     for negative advantages, bound the loss at dual_clip * |A| (official code: 3.0; not in the paper).
-    average:       "token": one mean over all response tokens of the batch (DAPO, the recipe of Appendix B);
+    average:       "token": one mean over all response tokens that are given (DAPO, the recipe of Appendix B);
                    "sequence": the mean over each response's |o_i| tokens, then over responses (Eq. 2 and 6 as printed).
     denominator:   overrides the count of response tokens ("token") or responses ("sequence"), so that micro-batches and
                    ranks that pass the count of the whole batch add up to its loss exactly.

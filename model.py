@@ -8,8 +8,9 @@ image becomes), from the config (which ids stand for an image) and from the mode
 
 The prompt is shared by its group. The G responses to a prompt see the same image and the same question. So the prompt is run once,
 its key/value cache is repeated G times, and only the response tokens run on top. That holds in generation, in scoring, on the
-masked image and in the update, where the gradient flows back through the cache. The numbers are those of repeating the
-prompt G times (the *plain* path, kept as fallback and reference), at a fraction of the work: an image is hundreds of tokens.
+masked image and in the update. There the gradient of all G responses flows back through the repeated cache into the one prompt
+pass, and through it into the image tokens and the vision tower. The numbers are those of repeating the prompt G times (the *plain*
+path, kept as fallback and reference), at a fraction of the work: an image is hundreds of tokens.
 """
 
 import contextlib
@@ -317,8 +318,10 @@ class Policy(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
 
     def path(self):
-        """How prompts are run now: "cache" (once, the cache repeated for the group), "packed" (once, the group's responses after
-        it in one sequence) or "plain" (once for each response). Activation checkpointing and FSDP2 cannot train through a cache.
+        """How prompts are run now.
+
+        "cache": once, its cache repeated for the group. "packed": once, the group's responses after it in one sequence. "plain": once
+        for each response. Activation checkpointing and FSDP2 cannot train through a cache.
         """
         if not self.share_prompt:
             return "plain"
@@ -339,7 +342,7 @@ class Policy(nn.Module):
 
         Returns (cache, batch, offset). batch: the collated prompts' per-token tensors, repeated too. offset (B, 1): what to
         add to a token's count of real predecessors to get its position (in Qwen's three-axis positions an image advances by
-        less than its number of tokens). The last prompt token is left out because it is the one that predicts the first
+        less than its number of tokens: an image of 64 tokens as 8 x 8 advances by 8, so its offset is -56). The last prompt token is left out because it is the one that predicts the first
         response token: whoever continues feeds it first.
         """
         batch = collate(prompts, 1, self.pad_id, self.device)

@@ -135,7 +135,7 @@ class TooLong(ValueError):
 
 
 def encode_checked(policy, example, cfg):
-    """`model.encode` with the length limit; ValueError naming the row if it is exceeded or the processor refuses the example."""
+    """`encode` with the length limit; ValueError naming the row if it is exceeded or the processor refuses the example."""
     try:
         prompt = encode(policy.processor, example, cfg.system_prompt)
     except (ValueError, TypeError) as error:  # an image 1 x 300, an unpaired surrogate

@@ -156,7 +156,7 @@ def rounded(value):
     return None if value is None else float(f"{value:.5g}")
 
 
-def train(cfg, credit):
+def train(cfg, credit=modulate):
     """The loop of train.py without its files: steps, validation at fixed steps, held-out handwriting once, at the end."""
     policy = start(cfg)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -180,7 +180,7 @@ def train(cfg, credit):
     }  # fmt: skip
 
 
-def overhead(cfg, credit):
+def overhead(cfg, credit=modulate):
     """Seconds of DAPO and VPPO steps in turn, the same model (lr 0) and the same responses for both."""
     policy = start(cfg)
     optimizer = torch.optim.AdamW(policy.parameters())

@@ -24,7 +24,7 @@ from config import Config, check
 from data import load_data, open_image, resize
 from laptop import tiny
 from laptop.digits import Digits
-from prompts import encode, example_at, fetch, first_prompt, usable
+from prompts import Example, encode, example_at, fetch, first_prompt, usable
 from vppo import train_step
 
 
@@ -355,7 +355,8 @@ WORKER = """
 import sys
 from types import SimpleNamespace
 sys.path[:0] = [{root!r}, {tests!r}]
-import distributed, tiny
+import distributed
+from laptop import tiny
 from test_data import collected
 distributed.start()
 found = distributed.gather(collected(SimpleNamespace(processor=tiny.build_processor())))
@@ -370,7 +371,7 @@ def collected(reader):
     import distributed
 
     image = Image.new("RGB", (28, 28))
-    examples = [data.Example([image], "what is it ? " * (20 if i in LONG else 1), str(i), f"row {i}") for i in range(12)]
+    examples = [Example([image], "what is it ? " * (20 if i in LONG else 1), str(i), f"row {i}") for i in range(12)]
     position, everything = 0, []
     quota = len(range(distributed.rank(), LIMIT.prompts_per_step, distributed.world()))
     for step in range(4):

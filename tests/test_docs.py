@@ -21,6 +21,7 @@ from PIL import Image
 
 import train
 import vppo
+from config import Config
 from data import Example
 
 ROOT = Path(vppo.__file__).parent
@@ -182,8 +183,8 @@ def test_recipes_are_handed_to_the_training_step(recipes):
 def test_the_reward_mask_and_metric(recipes):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (28, 84, 3), dtype=np.uint8))
     example = Example([image], "what is 3 + 4 ?", "7")
-    assert recipes["reward"]("so \\boxed{7}", example, None) == 1.0
-    assert recipes["reward"]("so \\boxed{8}", example, None) == recipes["reward"]("7" * 300, example, None) == 0.0
+    assert recipes["reward"]("so \\boxed{7}", example, Config()) == 1.0
+    assert recipes["reward"]("so \\boxed{8}", example, Config()) == recipes["reward"]("7" * 300 + "\\boxed{7}", example, Config()) == 0.0
 
     masked = recipes["mask_image"](image, np.random.default_rng(0))
     assert masked.size == image.size and masked.mode == image.mode and np.any(np.asarray(masked) != np.asarray(image))
