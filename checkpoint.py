@@ -8,6 +8,7 @@ A checkpoint is written to a folder whose name starts with a dot and renamed whe
 the previous one whole. Random states need no file: every draw of a step is keyed by (seed, step, rank) or (seed, position).
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import distributed
 from model import save
+from prompts import Unusable
 
 SUMS = "SHA256SUMS"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # sharded states gathered to rank 0, one parameter at a time
@@ -180,3 +182,38 @@ def lines_until(file, step):
         if found <= step:
             kept.append(line)
     return kept
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults: what is done is kept, and what was only begun is not left in the way
+# ---------------------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def nothing_left(folder, resume):
+    """A new run that fails or is stopped inside leaves nothing behind that would be in the way of the next."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        if not resume and distributed.unlock(folder):  # else the folder is another run's
+            for file in [*(folder / name for name in ("config.json", "config.new", "test-before.jsonl", ".lock")), *folder.glob("events.*")]:
+                file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                for path in new:
+                    path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def work_kept(folder, keep):
+    """A fault inside ends the run, but first `keep` saves the work that is done. keep() -> whether anything is saved.
+
+    On several ranks saving needs all of them. So it is done only at a fault that all ranks see, which a bad row is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if distributed.world() == 1 or isinstance(error, Unusable):
+            with contextlib.suppress(OSError):  # then this fault is not the first thing to mend, but the one to name
+                if keep() and distributed.rank() == 0:
+                    print(f"the work before this fault is saved; go on with: --resume {folder}")
+        raise

@@ -32,6 +32,7 @@ INSTRUCTION = (
 )
 FORMATS = "BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP AVIF".split()  # Pillow hands some others (EPS) to outside programs
 TABLES = {".parquet": "parquet", ".arrow": "arrow"}  # file ending -> its reader in `datasets`
+LINE = 16_000_000  # bytes: a longer line of a metadata.jsonl is some other file's
 SHUFFLE_BUFFER = 1000  # rows of a stream that wait in memory to be drawn at random
 
 
@@ -151,6 +152,9 @@ def reason(error):
 def read_jsonl(file, cfg):
     """A metadata.jsonl: one JSON object a line. All but pixels is checked at once, unless bad rows are skipped anyway."""
     lines = [(number, line) for number, line in enumerate(file.read_bytes().split(b"\n"), 1) if line.strip()]
+    long = next((number for number, line in lines if len(line) > LINE), None)
+    if long:
+        raise ValueError(f"{file}, line {long}: longer than {LINE:,} bytes, which no row of texts and file names is")
     if not lines:
         raise ValueError(f"{file} has no rows")
 
@@ -272,14 +276,6 @@ def choose(splits, split, name, own):
     return found[0] if found else None
 
 
-def check_rows(cfg):
-    """Raise ValueError with one sentence if a flag on rows, of a Config or EvalConfig, makes no sense."""
-    if cfg.text_only not in ("refuse", "train"):
-        raise ValueError(f"--text_only '{cfg.text_only}' is unknown: choose one of refuse, train")
-    if cfg.min_pixels < 0 or cfg.max_pixels < 0 or 0 < cfg.max_pixels < cfg.min_pixels:
-        raise ValueError(f"--min_pixels {cfg.min_pixels} and --max_pixels {cfg.max_pixels} are no range: 0 is no limit")
-
-
 def load_data(name, split, cfg=None, limit=None, own=False):
     """A sequence of Examples; None where the data set has no such split, for there is nothing to evaluate on.
 
@@ -320,5 +316,17 @@ def sources(cfg):
 
 
 def load_source(source, cfg):
-    """The data set of one of the `sources`."""
-    return load_data(*source[:2], cfg, *source[2:]) if source else None
+    """The data set of one of the `sources`. The images that evaluation will need are opened, so that a broken one is found in time.
+
+    On several GPUs each process opens its share. With --skip_bad_rows broken ones are left out when their turn comes.
+    """
+    dataset = load_data(*source[:2], cfg, *source[2:]) if source else None
+    if isinstance(dataset, Rows) and source[2] is not None and not cfg.skip_bad_rows:
+        rank, ranks = (int(os.environ.get(name, number)) for name, number in (("RANK", 0), ("WORLD_SIZE", 1)))
+        for i in range(rank, min(source[2] or len(dataset), len(dataset)), ranks):
+            dataset.example(i)
+    return dataset
+
+
+if __name__ == "__main__":
+    sys.exit("data.py is no program: python train.py --data DATA --dry_run checks a data set")

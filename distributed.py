@@ -10,14 +10,18 @@ There are two engines, both of them torch's:
 
 import contextlib
 import os
+import socket
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+import ending
 
 
 def start(minutes=60):
@@ -41,17 +45,52 @@ def start(minutes=60):
     return device
 
 
-def leave(error=None):
-    """End the process: with status 0, or with 1 and a sentence on stderr.
+def leave(error=None, status=1):
+    """End the process: with status 0, or with a sentence on stderr and another status.
 
     Python's clean-up is skipped: torch's communication threads can hang or abort in it.
     """
     if error:
-        print(error, file=sys.stderr, flush=True)
+        if ending.speaks():
+            print(ending.one_line(error), file=sys.stderr, flush=True)
     elif world() > 1:
         dist.barrier()  # no rank goes while another still talks to it
-    sys.stdout.flush()
-    os._exit(bool(error))
+    if sys.stdout:
+        sys.stdout.flush()
+    os._exit(status if error else 0)
+
+
+HELD = {}  # folder -> the lock file that this process holds open: the lock lasts as long as the file is open
+
+
+def lock(folder):
+    """Keep other processes out of a run's folder until this one ends, however it ends. Raises ValueError if another was faster.
+
+    Where the system has no such locks (Windows, some network disks), nobody is kept out.
+    """
+    unlock(folder)
+    file = open(Path(folder, ".lock"), "a+")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it, or stop it") from None
+    except (ImportError, OSError):
+        pass
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    HELD[os.path.abspath(folder)] = file
+
+
+def unlock(folder):
+    """Let others into the folder again. Returns whether this process had locked it."""
+    file = HELD.pop(os.path.abspath(folder), None)
+    if file:
+        file.close()
+    return file is not None
 
 
 def rank():
@@ -142,6 +181,13 @@ def clip_gradients(engine, max_norm):
     """Scale the gradient of all weights, over all shards, down to `max_norm`. Returns its norm before that."""
     norm = torch.nn.utils.clip_grad_norm_(engine.parameters(), max_norm)
     return getattr(norm, "full_tensor", lambda: norm)().item()  # full_tensor: the norm of a sharded gradient
+
+
+def finite(policy):
+    """Whether all weights are finite numbers, on every rank: the largest of a shard is not if any of them is not."""
+    shards = [getattr(p, "to_local", lambda p=p: p)().detach() for p in policy.parameters()]
+    largest = torch.nn.utils.get_total_norm([shard for shard in shards if shard.numel()], torch.inf)
+    return total(int(not largest.isfinite())) == 0
 
 
 @contextlib.contextmanager

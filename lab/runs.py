@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -294,3 +295,7 @@ def measure_dependency(cfg, credit=None, draws=8):
 
 
 KINDS = {"train": train, "overhead": overhead, "dependency": measure_dependency}
+
+
+if __name__ == "__main__":
+    sys.exit("lab.runs is no program: python -m lab.experiments NAME makes the runs of a table or figure")

@@ -269,3 +269,12 @@ def test_the_pages_of_results_are_those_of_their_numbers():
     assert (folder / "README.md").read_text() == figures.overview(results)
     for result in results:
         assert (folder / f"{result['name']}.md").read_text() == figures.markdown(result)
+
+
+def test_the_list_is_the_same_from_another_folder(tmp_path, monkeypatch, capsys):
+    lists = []
+    for folder in (runs.ROOT, tmp_path):
+        monkeypatch.chdir(folder)
+        experiments.main(["table2", "--list"])
+        lists.append(capsys.readouterr().out)
+    assert lists[0] == lists[1]
