@@ -73,7 +73,7 @@ class Config:
     max_prompt_tokens: int = option(4096, "longer prompts are left out and counted")  # Section 4
     system_prompt: str = option("You are a helpful assistant.", "system turn, if the chat template has one")
     max_rounds: int = option(3, "rounds of dynamic sampling before training on the groups there are")  # ours
-    grader: str = option("exact", "exact or math-verify")
+    grader: str = option("exact", "exact or math-verify; graded is the last \\boxed{} that closes: one cut off at the token limit takes back nothing")
     # Phase 2: dependency
     mask: str = option("blacken", "blacken, noise, blur or grey")  # Appendix F, Table 11
     metric: str = option("kl", "kl, jsd, drop or k3")  # Eq. 3, Table 12; official code: k3

@@ -11,9 +11,11 @@ majority@k: the share of prompts where the answer most of the k responses give i
 The intervals are clustered by prompt: the k answers to one prompt are no independent evidence, so the prompt is the unit.
 """
 
-import ending  # first of all, so that Ctrl-C during the imports below is answered with a sentence
+if __name__ == "__main__":  # Ctrl-C while the libraries below are loaded: one sentence, and no traceback
+    import os
+    import signal
 
-# isort: split
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"eval.py: stopped by SIGINT\n"), os._exit(130)))
 
 import json
 import os
@@ -58,7 +60,7 @@ class EvalConfig:
     text_only: str = option("refuse", "a row without image: refuse (an error) or train (keep it)")
     skip_bad_rows: bool = option(False, "leave out and count rows that cannot be used, instead of an error")
     streaming: bool = option(False, "read the first rows of tables without downloading the others")
-    grader: str = option("exact", "exact or math-verify")
+    grader: str = option("exact", "exact or math-verify; graded is the last \\boxed{} that closes")
     responses_at_once: int = option(1024, "responses in one call of generate: memory")
     dtype: str = option("float32", "float32 or bfloat16: of computing")
     seed: int = option(0, "of sampling")
@@ -288,4 +290,4 @@ MEMORY = "--responses_at_once, or add --dtype bfloat16"  # what to lower when it
 
 
 if __name__ == "__main__":
-    ending.run(main, "eval.py", MEMORY)
+    distributed.run(main, "eval.py", MEMORY)

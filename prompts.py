@@ -14,11 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from tqdm import tqdm
 
 import distributed
-import ending
 
 
 @dataclass
@@ -61,8 +59,9 @@ def encode(processor, example, system=""):
         raise OSError("the model has no chat template: take an instruction-tuned one")
     try:
         text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise OSError(f"the model's chat template refuses the messages ({error}): try --system_prompt ''") from error
+    except Exception as error:  # a template is a program of the model's folder
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(f"the model's chat template refuses the messages ({reason}): try --system_prompt ''") from error
     # Templates write the beginning-of-sequence token themselves; a tokenizer that adds one would make it two.
     special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
     return dict(processor(text=[text], images=[images] if images else None, return_tensors="pt", add_special_tokens=special))
@@ -197,7 +196,7 @@ def usable(policy, dataset, rows, cfg, left_out):
             if not cfg.skip_bad_rows:
                 raise
             known[row] = "bad_rows", str(error)
-            tqdm.write(f"left out: {ending.one_line(error)}", file=sys.stderr)
+            tqdm.write(f"left out: {distributed.one_line(error)}", file=sys.stderr)
         if row in known:
             reason, sentence = known[row]
             left_out[reason].append(sentence)

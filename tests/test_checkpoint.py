@@ -263,6 +263,27 @@ def test_a_finished_run_without_checkpoints_is_not_emptied(broken):
         checkpoint.checkpoint_of(broken)
 
 
+@pytest.mark.parametrize("what", ["weights", "optimizer", "row"])
+def test_a_resume_that_fails_changes_nothing(what, tmp_path, monkeypatch):
+    """The older checkpoint does not load: newer ones, logs and summary are as before."""
+    monkeypatch.chdir(tmp_path)
+    train.main([*family_run("qwen2_5_vl", tmp_path), "--output", "out"])
+    path = tmp_path / "out" / "checkpoints" / "step-000001"
+    if what == "weights":
+        save_file(load_file(path / "model.safetensors") | {"lm_head.weight": torch.full((74, 32), float("nan"))}, path / "model.safetensors")
+    elif what == "optimizer":
+        content = torch.load(path / "trainer.pt", weights_only=True)
+        content["optimizer"]["state"]["model.lm_head.weight"]["exp_avg"] = torch.zeros(3)
+        torch.save(content, path / "trainer.pt")
+    else:
+        shutil.rmtree(tmp_path / "rows")
+    resum(path)
+    before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    with pytest.raises((ValueError, OSError)):
+        train.main(["--resume", str(path)])
+    assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == before
+
+
 def test_tied_weights_are_saved_once_and_resumed(tmp_path):
     """A head that is the embedding: one tensor, one optimizer state."""
     build("qwen2_5_vl", tmp_path / "model")

@@ -320,3 +320,13 @@ def test_chat_templates(name, folder, capfd, monkeypatch):
 def test_image_processors(change, folder, capfd):
     edit(folder, "processor_config.json", lambda content: content["image_processor"].update(change))
     refused(folder, "cannot be loaded|cannot read a first prompt", capfd)
+
+
+def test_a_template_that_fails_later(folder):
+    """It takes the first messages, and divides by zero when there is a system turn."""
+    template = folder / "chat_template.jinja"
+    template.write_text("{% if messages | length == 2 %}{{ 1 / 0 }}{% endif %}" + template.read_text())
+    _, processor = load(str(folder))
+    encode(processor, EXAMPLE)
+    with pytest.raises(OSError, match=r"the model's chat template refuses the messages \(division by zero\)"):
+        encode(processor, EXAMPLE, "you are helpful")
