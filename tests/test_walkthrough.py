@@ -44,7 +44,7 @@ def execute(notebook, home):
 
     # Without folders to search, "python3" is ipykernel's own description of the running interpreter.
     manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
-    environment = os.environ | {"IPYTHONDIR": str(home), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"IPYTHONDIR": str(home), "CUDA_VISIBLE_DEVICES": ""}
     client = nbclient.NotebookClient(
         notebook, km=manager, timeout=600, resources={"metadata": {"path": str(ROOT)}}, record_timing=False,
         coalesce_streams=True, extra_arguments=["--log-level=ERROR"],
@@ -65,7 +65,7 @@ def printed(notebook):
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             text = output["text"] if output.output_type == "stream" else "picture" if "image/png" in data else data.get("text/plain", "")
-            found.append((number, f"{output.get('name', '')}{text}"))
+            found.append((number, f"stderr: {text}" if output.get("name") == "stderr" else text))
     return found
 
 
@@ -168,7 +168,9 @@ def source_cells(notebook):
 def test_it_defines_no_function_of_the_project():
     own = {node.name for node in ast.walk(ast.parse(source())) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     files = [file for folder in (".", "laptop", "lab", "exercises/solutions", "examples") for file in (ROOT / folder).glob("*.py")]
-    theirs = {node.name for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    theirs = {
+        node.name for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
     assert own and not own & theirs
 
 
