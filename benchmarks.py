@@ -12,7 +12,6 @@ data was read for this file.
 """
 
 import ast
-import io
 import json
 import re
 from collections import namedtuple
@@ -21,7 +20,7 @@ from pathlib import Path
 from PIL import Image
 
 import reward
-from data import INSTRUCTION, join_prompt, open_image, resize
+from data import INSTRUCTION, join_prompt, locate, open_image, resize
 from prompts import Example
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -158,7 +157,11 @@ def named(text):
 # Reading
 # ---------------------------------------------------------------------------------------------------------------------
 class Rows:
-    """A benchmark's rows as Examples. One that cannot be used is a ValueError naming benchmark and row."""
+    """A benchmark's rows as Examples. One that cannot be used is a ValueError naming benchmark and row.
+
+    rows: dicts, or a data set in "arrow" format. Its images are {"bytes", "path"}, which we open ourselves: `datasets` would hand
+    some formats (EPS) to outside programs, and fetch paths that are addresses.
+    """
 
     def __init__(self, name, rows, instruction=INSTRUCTION, pixels=(0, 0)):
         self.name, self.rows, self.instruction, self.pixels = name, rows, instruction, pixels
@@ -169,19 +172,19 @@ class Rows:
     def __getitem__(self, i):
         where = f"{self.name}[{i}]"
         try:
-            problem, answer, images = BENCHMARKS[self.name].read(self.rows[i])
-            # A table that was not written by `datasets` may hold an image as {"bytes", "path"}.
-            images = [Image.open(io.BytesIO(image["bytes"])) if isinstance(image, dict) else image for image in images]
+            row = self.rows[i]
+            row = row if isinstance(row, dict) else row.to_pylist()[0]  # a table of one row
+            problem, answer, images = BENCHMARKS[self.name].read(row)
         except KeyError as error:
-            raise ValueError(f"{where}: no column {error} (found {', '.join(self.rows.column_names)})") from error
-        except Exception as error:  # `datasets` decodes the pixels here, and fails in as many ways as there are files
+            raise ValueError(f"{where}: no column {error} (found {', '.join(row)})") from error
+        except Exception as error:  # rows of other programs hold anything
             raise ValueError(f"{where}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
-        if not images or not all(isinstance(image, Image.Image) for image in images):
+        if not images or not all(isinstance(image, (dict, Image.Image)) for image in images):
             raise ValueError(f"{where}: no image")
         for key, value in (("question", problem), ("answer", answer)):
             if not str("" if value is None else value).strip():
                 raise ValueError(f"{where}: no {key}")
-        images = [resize(open_image(image, where), *self.pixels) for image in images]
+        images = [resize(open_image(locate(image, where), where), *self.pixels) for image in images]
         return Example(images, join_prompt(str(problem), self.instruction), str(answer), where)
 
 
@@ -214,7 +217,7 @@ def load(name, folder="", instruction=INSTRUCTION, pixels=(0, 0)):
         rows = rows.select([i for i, found in enumerate(rows[column]) if found == value])
     if not len(rows):
         raise ValueError(f"benchmark {name}: no rows in '{path}'")
-    return Rows(name, rows, instruction, pixels)
+    return Rows(name, rows.with_format("arrow"), instruction, pixels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

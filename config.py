@@ -1,7 +1,7 @@
 """Everything a run depends on: the settings (Config), the methods, the command line, and the folder that a run writes to.
 
 One field of Config is one flag of train.py. Beside each field stands where its default comes from, or the paper's value where the
-laptop's differs. A reader who is after the algorithm needs only METHODS from this file.
+laptop's differs. A reader who is after the algorithm needs METHODS, and Config for what a flag means.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from data import INSTRUCTION, check_rows
+from data import INSTRUCTION
 from dependency import MASKS, METRICS
 from reward import GRADERS
 
@@ -73,7 +73,7 @@ class Config:
     max_prompt_tokens: int = option(4096, "longer prompts are left out and counted")  # Section 4
     system_prompt: str = option("You are a helpful assistant.", "system turn, if the chat template has one")
     max_rounds: int = option(3, "rounds of dynamic sampling before training on the groups there are")  # ours
-    grader: str = option("exact", "exact or math-verify")
+    grader: str = option("exact", "exact or math-verify; graded is the last \\boxed{} that closes: one cut off at the token limit takes back nothing")
     # Phase 2: dependency
     mask: str = option("blacken", "blacken, noise, blur or grey")  # Appendix F, Table 11
     metric: str = option("kl", "kl, jsd, drop or k3")  # Eq. 3, Table 12; official code: k3
@@ -125,36 +125,59 @@ class Config:
         return average, clip_high
 
 
-def check(cfg):
-    """Raise ValueError with one sentence if a field of the config makes no sense."""
-    choices = {
-        "method": METHODS, "mask": MASKS, "metric": METRICS, "mask_per": ("prompt", "rollout"),
-        "select": ("dependency", "entropy", "random"), "shape": ("advantage", "reward"),
-        "average": (None, "token", "sequence"), "entropy_form": ("exact", "sampled"), "lr_schedule": ("linear", "constant"),
-        "dtype": ("float32", "bfloat16"), "grader": GRADERS,
-        "log": ("", "tensorboard"),
-    }  # fmt: skip
-    for name, allowed in choices.items():
-        if getattr(cfg, name) not in allowed:
+# The values of fields that are words. Those that train.py and eval.py share have the same name, so both are checked by these tables.
+CHOICES = {
+    "method": METHODS, "mask": MASKS, "metric": METRICS, "mask_per": ("prompt", "rollout"),
+    "select": ("dependency", "entropy", "random"), "shape": ("advantage", "reward"),
+    "average": (None, "token", "sequence"), "entropy_form": ("exact", "sampled"), "lr_schedule": ("linear", "constant"),
+    "dtype": ("float32", "bfloat16"), "grader": GRADERS, "log": ("", "tensorboard"), "text_only": ("refuse", "train"),
+}  # fmt: skip
+
+# The values of fields that are numbers: the lowest and the highest that make sense. Nothing is limited for taste: beyond these
+# ends a run stops with a traceback, trains to infinity, or does not differ from a run at the end itself.
+MANY = 10**9
+RANGES = {
+    "steps": (0, MANY), "seed": (0, 2**32 - 1), "prompts_per_step": (1, 10**6), "group_size": (2, 10**5), "max_rounds": (1, 1000),
+    "updates_per_rollout": (1, 10**6), "max_new_tokens": (1, 10**6), "max_prompt_tokens": (1, 10**7),
+    "tokens_per_batch": (1, MANY), "responses_at_once": (1, MANY), "min_pixels": (0, MANY), "max_pixels": (0, MANY),
+    "eval_every": (0, MANY), "eval_prompts": (0, MANY), "test_prompts": (0, MANY), "eval_samples": (1, 10**5),
+    "save_every": (0, MANY), "keep": (0, MANY), "samples": (1, 10**5), "prompts": (0, MANY),
+    "temperature": (0.01, 100), "top_p": (0.001, 1), "k": (0.0001, 1), "beta_min": (0, 10), "beta_max": (0, 10),
+    "lr": (1e-12, 1), "weight_decay": (0, 1), "max_grad_norm": (1e-6, 1e9), "clip_low": (0, 0.999), "clip_high": (0, 100),
+    "dual_clip": (1.001, 1000), "entropy_penalty": (0, 10),
+}  # fmt: skip
+
+
+def check_fields(cfg):
+    """Raise ValueError with one sentence if a field of a Config or EvalConfig, taken alone, makes no sense."""
+    values = vars(cfg)
+    for name, allowed in CHOICES.items():
+        if name in values and values[name] not in allowed:
             known = ", ".join(str(choice) for choice in allowed if choice)
-            raise ValueError(f"--{name} '{getattr(cfg, name)}' is unknown: choose one of {known}")
+            raise ValueError(f"--{name} '{values[name]}' is unknown: choose one of {known}")
+    for name, (low, high) in RANGES.items():
+        value = values.get(name)
+        if value is not None and not low <= value <= high:  # nan fails every comparison
+            raise ValueError(f"--{name} must be from {low:,} to {high:,}, got {value}")
+    for name, value in values.items():
+        if isinstance(value, str) and any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):
+            raise ValueError(f"--{name} {value!r} is no text in UTF-8")
+        if name in ("model", "data") and not value.strip():
+            raise ValueError(f"--{name} '' is unknown: leave it out for its default")
+    if 0 < cfg.max_pixels < cfg.min_pixels:
+        raise ValueError(f"--min_pixels {cfg.min_pixels} and --max_pixels {cfg.max_pixels} are no range: 0 is no limit")
+
+
+def check(cfg):
+    """Raise ValueError with one sentence if a field of the config, or two of them together, make no sense."""
+    check_fields(cfg)
     rules = [
         (not (cfg.shard and cfg.text_only == "train"), "--text_only train cannot go with --shard: ranks without images would wait"),
-        (0 < cfg.k <= 1, f"--k must be in (0, 1], got {cfg.k}"),
-        (cfg.group_size >= 2, f"--group_size must be at least 2 to compare responses, got {cfg.group_size}"),
         (cfg.beta_max is None or cfg.beta_min <= cfg.beta_max, f"--beta_min {cfg.beta_min} exceeds --beta_max {cfg.beta_max}"),
         (0 < cfg.beta_min <= 1 or cfg.beta_max is not None, f"--beta_min must be in (0, 1] when beta_max is dynamic, got {cfg.beta_min}"),
-        (cfg.temperature > 0, f"--temperature must be positive, got {cfg.temperature}"),
-        (0 < cfg.top_p <= 1, f"--top_p must be in (0, 1], got {cfg.top_p}"),
-        (cfg.eval_samples >= 1, f"--eval_samples must be at least 1, got {cfg.eval_samples}"),
-    ]
-    for name in ("prompts_per_step", "max_new_tokens", "max_prompt_tokens", "max_rounds", "updates_per_rollout", "tokens_per_batch"):
-        rules.append((getattr(cfg, name) >= 1, f"--{name} must be at least 1, got {getattr(cfg, name)}"))
-    for name in ("steps", "eval_every", "eval_prompts", "test_prompts", "save_every", "keep", "seed"):
-        rules.append((getattr(cfg, name) >= 0, f"--{name} must not be negative, got {getattr(cfg, name)}"))
-    if cfg.updates_per_rollout > cfg.prompts_per_step:
-        rules.append((False, f"--updates_per_rollout {cfg.updates_per_rollout} exceeds --prompts_per_step {cfg.prompts_per_step}"))
-    check_rows(cfg)
+        (cfg.updates_per_rollout <= cfg.prompts_per_step,
+         f"--updates_per_rollout {cfg.updates_per_rollout} exceeds --prompts_per_step {cfg.prompts_per_step}"),
+    ]  # fmt: skip
     for good, sentence in rules:
         if not good:
             raise ValueError(sentence)
@@ -164,8 +187,12 @@ def check(cfg):
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
 def command_line(config, description):
-    """An argument parser with a flag per field of a config dataclass; a bad flag is a ValueError of one sentence."""
-    parser = HfArgumentParser(config, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """An argument parser with a flag per field of a config dataclass; a bad flag is a ValueError of one sentence.
+
+    A flag must be written out: an abbreviation may mean another one than it seems to (--step is not --steps).
+    """
+    words = dict(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = HfArgumentParser(config, **words)
 
     def fail(message):
         raise ValueError(f"{message} (--help lists all flags)")
@@ -188,7 +215,7 @@ def parse(argv=None, description=None):
     parser.add_argument("--resume", nargs="?", const="", help=text)
     argv = sys.argv[1:] if argv is None else list(argv)
     flags = parser.parse_args(argv)
-    if flags.config:
+    if flags.config is not None:
         argv = as_words(read_fields(flags.config, "--config")) + argv
         flags = parser.parse_args(argv)
     resume = flags.resume
@@ -205,7 +232,7 @@ def parse(argv=None, description=None):
         resume = Path(resume)
         run = run_of(resume)
         saved = read_fields(run / "config.json", "--resume")
-        if flags.output and Path(flags.output).resolve() != run.resolve():
+        if flags.output and os.path.realpath(flags.output) != os.path.realpath(run):
             raise ValueError(f"--output {flags.output} is not the folder of --resume {resume}: leave one of them out")
         argv = [*argv, f"--output={run}"]
     namespace = vars(parser.parse_args(as_words(saved) + argv))
@@ -222,16 +249,29 @@ def parse(argv=None, description=None):
 
 
 def read_fields(file, flag):
-    """A JSON file of Config fields as a dict."""
+    """A JSON file of Config fields as a dict. Null is a value only where it is the default."""
+
+    def once(pairs):
+        twice = [name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i])]
+        if twice:
+            raise ValueError(f"{twice[0]!r} stands in it twice")
+        return dict(pairs)
+
     try:
-        values = json.loads(Path(file).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{flag} {file} cannot be read: {error}") from error
+        if not file or Path(file).exists() and not Path(file).is_file():  # reading a pipe could wait for ever
+            raise ValueError("it is no file")
+        values = json.loads(Path(file).read_text(encoding="utf-8"), object_pairs_hook=once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{flag} {file or repr(file)} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{flag} {file} must hold one JSON object of fields")
-    unknown = set(values) - {field.name for field in fields(Config)}
+    defaults = {field.name: field.default for field in fields(Config)}
+    unknown = set(values) - set(defaults)
     if unknown:
         raise ValueError(f"{flag} {file} has unknown fields: {', '.join(sorted(unknown))}")
+    for name, value in values.items():
+        if isinstance(value, (dict, list)) or (value is None and defaults[name] is not None):
+            raise ValueError(f"{flag} {file}: {name} cannot be {json.dumps(value)[:80]}: leave it out for its default")
     return values
 
 
@@ -274,6 +314,8 @@ def run_of(path):
 
 def output_folder(cfg):
     """Where a new run goes: --output, which must not hold another run, or the default with the next free number."""
-    if cfg.output and (Path(cfg.output) / "config.json").exists():
-        raise ValueError(f"--output {cfg.output} already holds a run's config.json: choose another folder, or --resume it")
+    for name in ("config.json", "metrics.jsonl", "checkpoints") if cfg.output else ():
+        if os.path.lexists(Path(cfg.output, name)):
+            advice = "choose another folder, or --resume it" if name == "config.json" else "choose another folder"
+            raise ValueError(f"--output {cfg.output} already holds a run's {name}: {advice}")
     return Path(cfg.output) if cfg.output else next(folder for folder in numbered(default_folder(cfg)) if not folder.exists())

@@ -32,6 +32,7 @@ INSTRUCTION = (
 )
 FORMATS = "BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP AVIF".split()  # Pillow hands some others (EPS) to outside programs
 TABLES = {".parquet": "parquet", ".arrow": "arrow"}  # file ending -> its reader in `datasets`
+LINE = 16_000_000  # bytes: a longer line of a metadata.jsonl is some other file's
 SHUFFLE_BUFFER = 1000  # rows of a stream that wait in memory to be drawn at random
 
 
@@ -151,6 +152,9 @@ def reason(error):
 def read_jsonl(file, cfg):
     """A metadata.jsonl: one JSON object a line. All but pixels is checked at once, unless bad rows are skipped anyway."""
     lines = [(number, line) for number, line in enumerate(file.read_bytes().split(b"\n"), 1) if line.strip()]
+    long = next((number for number, line in lines if len(line) > LINE), None)
+    if long:
+        raise ValueError(f"{file}, line {long}: longer than {LINE:,} bytes, which no row of texts and file names is")
     if not lines:
         raise ValueError(f"{file} has no rows")
 
@@ -210,7 +214,7 @@ class Stream:
         return row
 
 
-def read_tables(name, split, cfg, first, own):
+def read_tables(name, split, cfg, limit, own):
     """A hub id, or a local file or folder of parquet or arrow, through `datasets`. Arguments as in load_data."""
     try:
         import datasets
@@ -237,7 +241,7 @@ def read_tables(name, split, cfg, first, own):
     if streaming:
         stream = rows.decode(False) if rows.features else rows  # images as the bytes that are stored
         with readable(name):
-            head = list(itertools.islice(stream, 1 if first is None else first or None))
+            head = list(itertools.islice(stream, 1 if limit is None else limit or None))
         read, length = head.__getitem__, len(head)
     else:
         tables = rows.with_format("arrow")  # row i as a table of one row, images as the bytes that are stored
@@ -249,7 +253,7 @@ def read_tables(name, split, cfg, first, own):
     for flag, column in flags.items():
         if column not in columns and (flag != "images" or cfg.text_only == "refuse"):
             raise ValueError(f"data '{name}' has no column {column} (found {', '.join(columns)}): give --{flag}_column")
-    if streaming and first is None:
+    if streaming and limit is None:
         read, length = Stream(stream.shuffle(seed=cfg.seed, buffer_size=SHUFFLE_BUFFER), name).__getitem__, None
         where = f"{name} {found}, row {{}} of the shuffled stream".format
     elif not streaming and not cfg.skip_bad_rows:  # texts are cheap to check; images wait for their turn
@@ -272,19 +276,11 @@ def choose(splits, split, name, own):
     return found[0] if found else None
 
 
-def check_rows(cfg):
-    """Raise ValueError with one sentence if a flag on rows, of a Config or EvalConfig, makes no sense."""
-    if cfg.text_only not in ("refuse", "train"):
-        raise ValueError(f"--text_only '{cfg.text_only}' is unknown: choose one of refuse, train")
-    if cfg.min_pixels < 0 or cfg.max_pixels < 0 or 0 < cfg.max_pixels < cfg.min_pixels:
-        raise ValueError(f"--min_pixels {cfg.min_pixels} and --max_pixels {cfg.max_pixels} are no range: 0 is no limit")
-
-
-def load_data(name, split, cfg=None, first=None, own=False):
+def load_data(name, split, cfg=None, limit=None, own=False):
     """A sequence of Examples; None where the data set has no such split, for there is nothing to evaluate on.
 
     cfg:   a Config or EvalConfig; the laptop's tasks need none
-    first: with --streaming, how many rows to keep for evaluation (0: all); None streams without end, for training
+    limit: with --streaming, how many rows to keep for evaluation (0: all); None streams without end, for training
     own:   the data set was named for this purpose: if it has a single split, that one, and if it has no such split, an error
 
     Raises ValueError, ImportError or OSError of one sentence for what cannot be read.
@@ -309,16 +305,28 @@ def load_data(name, split, cfg=None, first=None, own=False):
     if not (path.is_dir() or path.is_file() and path.suffix in TABLES or hub):
         known = "digits, scenes, an existing folder, a .jsonl, .parquet or .arrow file, or a hub id OWNER/NAME"
         raise ValueError(f"data '{name}' is unknown: give {known}")
-    return read_tables(name, split, cfg, first, own)
+    return read_tables(name, split, cfg, limit, own)
 
 
 def sources(cfg):
-    """What a run reads for training, validation and test: load_data's (name, split, first, own); None for what it does not use."""
+    """What a run reads for training, validation and test: load_data's (name, split, limit, own); None for what it does not use."""
     val = (cfg.val_data or cfg.data, "val", cfg.eval_prompts, bool(cfg.val_data)) if cfg.eval_every else None
     test = (cfg.test_data or cfg.data, "test", cfg.test_prompts, bool(cfg.test_data)) if cfg.test_prompts else None
     return [(cfg.data, "train", None, False), val, test]
 
 
 def load_source(source, cfg):
-    """The data set of one of the `sources`."""
-    return load_data(*source[:2], cfg, *source[2:]) if source else None
+    """The data set of one of the `sources`. The images that evaluation will need are opened, so that a broken one is found in time.
+
+    On several GPUs each process opens its share. With --skip_bad_rows broken ones are left out when their turn comes.
+    """
+    dataset = load_data(*source[:2], cfg, *source[2:]) if source else None
+    if isinstance(dataset, Rows) and source[2] is not None and not cfg.skip_bad_rows:
+        rank, ranks = (int(os.environ.get(name, number)) for name, number in (("RANK", 0), ("WORLD_SIZE", 1)))
+        for i in range(rank, min(source[2] or len(dataset), len(dataset)), ranks):
+            dataset.example(i)
+    return dataset
+
+
+if __name__ == "__main__":
+    sys.exit("data.py is no program: python train.py --data DATA --dry_run checks a data set")

@@ -2,15 +2,16 @@
 
     S(s_t, I) = D( pi(. | s_t, I)  ||  pi(. | s_t, I') ),      I' = the image, masked
 
-The same response is scored twice without gradient, once with the true image and once with the masked one. Where the two
-next-token distributions agree, the token could have been written blindfolded; where they part, it needs the picture.
+The same response is scored twice without gradient: once with the true image, once with a masked one. If the two predictions of the
+next token agree, the token could have been written blindfolded. If they differ, it depends on the image, and S says by how much.
 
-    MASKS      I -> I'      blacken (paper's choice), noise, blur, grey
+    MASKS      I -> I'      blacken (the paper's choice), noise, blur, grey
     METRICS    D            kl (Eq. 3, the paper's choice), jsd, drop, and k3, which the official code uses instead of kl
     score      both passes over a rollout batch: old_logprobs, entropy and S at once
 
-Where we deviate from the official code: Eq. 3 is computed exactly, over the whole vocabulary, not estimated from the one
-sampled token; and a masked image is drawn per prompt, not per response (`mask_per="rollout"` draws one per response).
+Two things in this file differ from the official code (docs/deviations.md has all). Eq. 3 is computed exactly, over the whole vocabulary, where the official code estimates it
+from the one sampled token. And a masked image is drawn once per prompt. The official code draws one for each response, which it calls a
+rollout (here: `mask_per="rollout"`).
 """
 
 import numpy as np
@@ -54,13 +55,13 @@ MASKS = {"blacken": blacken, "noise": noise, "blur": blur, "grey": grey}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Metrics: logits with the true image, logits with the masked one, both (..., V) -> (...) float32, in nats where a divergence
+# Metrics: logits with the true and with the masked image, (..., V) each -> S, (...) float32. KL and JSD are measured in nats.
 # ---------------------------------------------------------------------------------------------------------------------
 LOG_TINY = float(np.log(1e-30))  # what counts as "impossible under the masked image", so that KL stays finite
 
 
 def log_probabilities(logits):
-    """(log p, p) in float32; an id at -inf (forbidden) has p exactly 0 and log p = log 1e-30, which keeps products finite."""
+    """(log p, p) in float32. A forbidden id, at -inf, has p = 0 exactly. Its log p becomes log 1e-30, so that p * log p is 0 and not NaN."""
     logp = torch.log_softmax(logits.float(), dim=-1)
     return logp.masked_fill(logp == -torch.inf, LOG_TINY), logp.exp()
 
@@ -68,8 +69,8 @@ def log_probabilities(logits):
 def kl(logits, masked_logits, ids=None):
     """Eq. 3: KL(p || p') = sum_v p_v (log p_v - log p'_v), p with the true image, p' with the masked one.
 
-    -inf in both contributes 0; -inf in the masked one alone counts as probability 1e-30. Never negative: rounding leaves
-    about -1e-8 where it is really 0.
+    A word at -inf in both contributes 0. One at -inf in the masked logits alone counts as a probability of 1e-30. The result is never
+    negative: where rounding leaves about -1e-8 it is set to 0.
 
     Example: p = (1/2, 1/4, 1/4), p' = (1/4, 1/4, 1/2): 1/2 log 2 + 0 - 1/4 log 2 = 0.1733.
     """
@@ -119,8 +120,10 @@ METRICS = {"kl": kl, "jsd": jsd, "drop": probability_drop, "k3": k3}
 def mask_images(images, mask, key):
     """Masked copies of one prompt's images.
 
-    mask: a name in MASKS, or a function (image, rng) -> image of your own. key: the integers that all randomness comes from, which
-    are the seed, the example's position in the data and the number of the draw.
+    mask: a name in MASKS, or a function (image, rng) -> image of your own.
+    key:  the integers that all randomness of a mask comes from: the seed, the example's position in the run's data, and the number of
+          the draw (0, or the response's number in its group with `mask_per="rollout"`). The step, the rank and torch's generator
+          play no part, so the mask is the same wherever it is drawn. In the next epoch an example has another position.
     """
     rng = np.random.default_rng(key)
     hide = MASKS[mask] if isinstance(mask, str) else mask
@@ -129,7 +132,7 @@ def mask_images(images, mask, key):
 
 @torch.no_grad()
 def score(policy, rollout, masked_prompts=None, metric="kl", tokens_per_batch=16384):
-    """One scoring pass over a rollout batch: what phase 3 and the objective need to know about pi_old.
+    """Both scoring passes over a rollout batch: what phase 3 and the objective need to know about pi_old, the policy that wrote it.
 
     policy:         model.Policy; rollout: rollout.Rollout with Q prompts and B responses.
     masked_prompts: the same prompts encoded with masked images, Q of them (one per prompt) or B (one per response).
@@ -149,7 +152,7 @@ def score(policy, rollout, masked_prompts=None, metric="kl", tokens_per_batch=16
         states = policy.states([rollout.prompts[q] for q in groups], ids, mask)[mask]  # (N, H): padding dropped
         masked_states = None
         if masked_prompts is not None:
-            chosen = groups if len(masked_prompts) == len(rollout.prompts) else rows
+            chosen = groups if len(masked_prompts) == len(rollout.prompts) else rows  # one masked prompt per group, or per response
             masked_states = policy.states([masked_prompts[i] for i in chosen], ids, mask)[mask]
         for key, values in score_tokens(policy.logits, states, masked_states, ids[mask], metric).items():
             out[key][rows] = torch.zeros_like(ids, dtype=values.dtype).masked_scatter(mask, values)

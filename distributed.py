@@ -10,14 +10,18 @@ There are two engines, both of them torch's:
 
 import contextlib
 import os
+import socket
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+import ending
 
 
 def start(minutes=60):
@@ -32,7 +36,7 @@ def start(minutes=60):
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         store, number, ranks = next(dist.rendezvous("env://"))
         # After a restart the store may still hold the addresses of processes that are gone: a name of its own for each start.
-        # Several nodes count restarts each for itself, so there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has to do it (README).
+        # Several nodes count restarts each for itself, so there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has to do it (docs/cluster.md).
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
             store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         # gloo moves what lies in CPU memory (counts, rewards), nccl what lies on a GPU (gradients, weights).
@@ -41,17 +45,52 @@ def start(minutes=60):
     return device
 
 
-def leave(error=None):
-    """End the process: with status 0, or with 1 and a sentence on stderr.
+def leave(error=None, status=1):
+    """End the process: with status 0, or with a sentence on stderr and another status.
 
     Python's clean-up is skipped: torch's communication threads can hang or abort in it.
     """
     if error:
-        print(error, file=sys.stderr, flush=True)
+        if ending.speaks():
+            print(ending.one_line(error), file=sys.stderr, flush=True)
     elif world() > 1:
         dist.barrier()  # no rank goes while another still talks to it
-    sys.stdout.flush()
-    os._exit(bool(error))
+    if sys.stdout:
+        sys.stdout.flush()
+    os._exit(status if error else 0)
+
+
+HELD = {}  # folder -> the lock file that this process holds open: the lock lasts as long as the file is open
+
+
+def lock(folder):
+    """Keep other processes out of a run's folder until this one ends, however it ends. Raises ValueError if another was faster.
+
+    Where the system has no such locks (Windows, some network disks), nobody is kept out.
+    """
+    unlock(folder)
+    file = open(Path(folder, ".lock"), "a+")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it, or stop it") from None
+    except (ImportError, OSError):
+        pass
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    HELD[os.path.abspath(folder)] = file
+
+
+def unlock(folder):
+    """Let others into the folder again. Returns whether this process had locked it."""
+    file = HELD.pop(os.path.abspath(folder), None)
+    if file:
+        file.close()
+    return file is not None
 
 
 def rank():
@@ -98,7 +137,7 @@ def join(values):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The engine: what the update calls instead of the policy, so that gradients meet
+# The engine: what the update calls instead of the policy, so that the gradients of all ranks are added up
 # ---------------------------------------------------------------------------------------------------------------------
 def engine(policy, shard=False):
     """The policy, made ready for several ranks: itself (one process), wrapped by DDP, or sharded in place by FSDP2.
@@ -119,29 +158,36 @@ def engine(policy, shard=False):
 
 
 def bare(engine):
-    """The policy inside the engine: DDP hides it behind `module`."""
+    """The policy inside the engine, which DDP keeps in its attribute `module`."""
     return getattr(engine, "module", engine)
 
 
-def passes(engine, pieces, response_mask):
-    """The micro-batches of one update, in turn: yields (prompts, rows, response mask of the rows), with a progress bar.
+def passes(engine, micro_batches):
+    """The micro-batches of one update, in turn: yields (prompts, rows, counts), with a progress bar.
 
-    All ranks get equally many, because their gradients meet in the backward pass. A rank that has fewer pieces than another runs its
-    first response again with an empty mask, which counts nowhere. DDP exchanges gradients in the last pass only. FSDP2
-    exchanges them in every pass, so that no rank ever holds all of them.
+    All ranks get equally many, because a backward pass waits for the gradients of the other ranks. A rank that has fewer than another
+    runs its first response once more, with counts = 0: its loss is multiplied by 0. Otherwise counts is 1. DDP exchanges
+    gradients in the last pass only. FSDP2 exchanges them in every pass, so that no rank ever holds all of them.
     """
-    number = max(gather([len(pieces)]))
+    number = max(gather([len(micro_batches)]))
     for i in tqdm(range(number), "update", leave=False, disable=None if rank() == 0 else True):
-        members, rows = pieces[i] if i < len(pieces) else ([0], [0])
+        piece = (*micro_batches[i], 1) if i < len(micro_batches) else ([0], [0], 0)
         apart = isinstance(engine, DistributedDataParallel) and i < number - 1
         with engine.no_sync() if apart else contextlib.nullcontext():
-            yield members, rows, response_mask[rows] & (i < len(pieces))
+            yield piece
 
 
 def clip_gradients(engine, max_norm):
     """Scale the gradient of all weights, over all shards, down to `max_norm`. Returns its norm before that."""
     norm = torch.nn.utils.clip_grad_norm_(engine.parameters(), max_norm)
     return getattr(norm, "full_tensor", lambda: norm)().item()  # full_tensor: the norm of a sharded gradient
+
+
+def finite(policy):
+    """Whether all weights are finite numbers, on every rank: the largest of a shard is not if any of them is not."""
+    shards = [getattr(p, "to_local", lambda p=p: p)().detach() for p in policy.parameters()]
+    largest = torch.nn.utils.get_total_norm([shard for shard in shards if shard.numel()], torch.inf)
+    return total(int(not largest.isfinite())) == 0
 
 
 @contextlib.contextmanager

@@ -14,9 +14,11 @@ communication buffers and the workspace of kernels. "80 GB" means 80e9 bytes = 7
 a tight fit may still fail.
 """
 
+import argparse
 import importlib.util
 import itertools
 import os
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -24,6 +26,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
 
+import ending
 from config import Config
 from data import load_source, sources
 from laptop import tiny
@@ -213,7 +216,7 @@ def dimensions(name, data):
 def memory_of(cfg, config, weights, gpus):
     """memory_per_gpu of a Config. Prompts are as long as --max_prompt_tokens lets them be, and all image."""
     prompt = LAPTOP[cfg.data] if cfg.data in LAPTOP else dict(image_tokens=cfg.max_prompt_tokens, text_tokens=0)
-    every = cfg.entropy_penalty or cfg.soft or not cfg.has("tgf")  # all tokens get logits in the update: vppo.active_tokens
+    every = cfg.entropy_penalty or cfg.soft or not cfg.has("tgf")  # all tokens get logits in the update: vppo.update
     return memory_per_gpu(
         config, gpus, cfg.shard, response_tokens=cfg.max_new_tokens, group_size=cfg.group_size,
         tokens_per_batch=cfg.tokens_per_batch, responses_at_once=cfg.responses_at_once, k=1 if every else cfg.k,
@@ -307,8 +310,12 @@ def epochs(prompts, rows):
     return f" = {prompts / rows:.2f} epochs of {rows:,} rows" if rows and rows < 2**31 else ""
 
 
-def main():
+def main(argv=()):
     """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    unknown = parser.parse_known_args(argv)[1]
+    if unknown:
+        raise ValueError(f"unrecognized arguments: {' '.join(unknown)} (a run is described by python train.py --dry_run)")
     rows = []  # name, config, arguments, GPUs, shard, activation checkpointing
     for name, entry in MODELS.items():
         for gpus, shard in [(1, False), (8, False), (8, True)] + [(32, True)] * (name == "32B"):
@@ -328,4 +335,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(lambda: main(sys.argv[1:]), "dryrun.py", "")

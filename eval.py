@@ -11,8 +11,12 @@ majority@k: the share of prompts where the answer most of the k responses give i
 The intervals are clustered by prompt: the k answers to one prompt are no independent evidence, so the prompt is the unit.
 """
 
+import ending  # first of all, so that Ctrl-C during the imports below is answered with a sentence
+
+# isort: split
+
 import json
-import traceback
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,11 +25,11 @@ import torch
 import benchmarks
 import distributed
 import report
-from config import command_line, option
-from data import INSTRUCTION, check_rows, load_data
+from config import check_fields, command_line, option
+from data import INSTRUCTION, load_source
 from laptop import tiny
 from model import Policy, load
-from prompts import first_prompt, usable
+from prompts import first_prompt, together, usable
 from reward import MAX_LENGTH, check_grader, extract_answer, grade_example, normalise
 from rollout import generate
 
@@ -54,11 +58,12 @@ class EvalConfig:
     text_only: str = option("refuse", "a row without image: refuse (an error) or train (keep it)")
     skip_bad_rows: bool = option(False, "leave out and count rows that cannot be used, instead of an error")
     streaming: bool = option(False, "read the first rows of tables without downloading the others")
-    grader: str = option("exact", "exact or math-verify")
+    grader: str = option("exact", "exact or math-verify; graded is the last \\boxed{} that closes")
     responses_at_once: int = option(1024, "responses in one call of generate: memory")
     dtype: str = option("float32", "float32 or bfloat16: of computing")
     seed: int = option(0, "of sampling")
     output: str = option("", "folder for responses.jsonl and eval.json; default MODEL/eval-DATA-SPLIT or runs/eval-...")
+    resume: bool = option(False, "go on with an evaluation that was interrupted, after the last batch that it wrote")
     report: str = option("", "also write this HTML page: what each token of the first few examples owes to the image")
 
 
@@ -89,35 +94,44 @@ def majority(texts, rewards):
     return sum(winners) / max(1, len(winners))
 
 
-def evaluate(policy, dataset, cfg, prompts, samples, seed=0, progress="evaluation", with_ids=0, reward=None):
+def evaluate(policy, dataset, cfg, prompts, samples, seed=0, progress="evaluation", with_ids=0, reward=None, kept=None):
     """Answer the first `prompts` examples `samples` times each. Returns (scores, records), the same on every rank.
 
     cfg: a Config or EvalConfig. scores: {"avg", "avg_ci", "pass", "pass_ci", "majority", "majority_ci"}, and "left_out" where
     prompts are too long or, with --skip_bad_rows, unusable; records: one dict a prompt, in order, the first `with_ids` with
-    "response_ids". The prompts are dealt out over the ranks; sampling is keyed by (seed, rank) and leaves the global generator
+    "response_ids". kept: where batches are written when they are done (Kept). The prompts are dealt out over the ranks; sampling is keyed by (seed, rank) and leaves the global generator
     as it was.
     """
-    numbers = range(distributed.rank(), min(prompts or len(dataset), len(dataset)), distributed.world())
-    records, left_out = [], {"prompts_too_long": [], "bad_rows": []}
+    count = min(prompts or len(dataset), len(dataset))
+    numbers = range(distributed.rank(), count, distributed.world())
+    records, left_out, marked, batch = [], {"prompts_too_long": [], "bad_rows": []}, set(), 0
+    at_once = max(1, cfg.responses_at_once // samples)  # prompts in a batch
     progress = progress if distributed.rank() == 0 else None
     with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []), distributed.unsharded(policy):
         torch.manual_seed(seed * 1_009 + distributed.rank())
-        for start in range(0, len(numbers), 512):  # whose images and prompts are in memory together
-            found = usable(policy, dataset.__getitem__, numbers[start : start + 512], cfg, left_out)
-            if not found:
-                continue
-            encoded = [prompt for *_, prompt in found]
-            rollout = generate(
-                policy, encoded, samples, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.responses_at_once, progress
-            )
-            for q, (number, example, _) in enumerate(found):
-                texts = rollout.texts[q * samples : (q + 1) * samples]
-                rewards = [float((reward or grade_example)(text, example, cfg)) for text in texts]
-                records.append({"number": number, "name": example.name, "problem": example.problem, "answer": example.answer,
-                                "kind": example.kind, "rewards": rewards, "responses": texts})  # fmt: skip
-                if len(records) <= with_ids:  # of this rank: among them the first of all
-                    rows = range(q * samples, (q + 1) * samples)
-                    records[-1]["response_ids"] = [rollout.response_ids[i][rollout.response_mask[i]].tolist() for i in rows]
+        records += kept.read() if kept else []
+        for start in range(0, -(-count // distributed.world()), 512):  # whose images and prompts are in memory together
+            rows = numbers[start : start + 512]
+            found = together(lambda: usable(policy, dataset, rows, cfg, left_out))
+            marked |= {number for number, *_ in found[: with_ids - len(marked)]}  # of this rank: among them the first of all
+            found.sort(key=lambda one: one[2]["input_ids"].shape[1])  # prompts of similar length together: less padding
+            for first in range(0, len(found), at_once):
+                part = found[first : first + at_once]
+                batch += 1
+                if kept and batch <= kept.batches:
+                    continue
+                encoded = [prompt for *_, prompt in part]
+                rollout = generate(policy, encoded, samples, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.responses_at_once, progress)
+                for q, (number, example, _) in enumerate(part):
+                    rows_of = range(q * samples, (q + 1) * samples)
+                    texts = [rollout.texts[i] for i in rows_of]
+                    rewards = [float((reward or grade_example)(text, example, cfg)) for text in texts]
+                    records.append({"number": number, "name": example.name, "problem": example.problem, "answer": example.answer,
+                                    "kind": example.kind, "rewards": rewards, "responses": texts})  # fmt: skip
+                    if number in marked:
+                        records[-1]["response_ids"] = [rollout.response_ids[i][rollout.response_mask[i]].tolist() for i in rows_of]
+                if kept:
+                    kept.write(records[-len(part) :])
     records = sorted(distributed.gather(records), key=lambda record: record["number"])
     for record in records[with_ids:]:
         record.pop("response_ids", None)
@@ -133,6 +147,74 @@ def evaluate(policy, dataset, cfg, prompts, samples, seed=0, progress="evaluatio
     return scores | ({"left_out": len(left_out)} if left_out else {}), records
 
 
+class Kept:
+    """What an evaluation has done so far, on disk: each rank adds its batches to a file as they come, and --resume goes on after the last.
+
+        responses.jsonl          the records of rank 0; of another rank in responses-RANK.jsonl until the end
+        unfinished-RANK.pt       how many batches and records are whole, and the state of the random generator after them
+
+    With the same flags and ranks the responses are those of an evaluation that was never interrupted, to the bit.
+    """
+
+    def __init__(self, folder, settings, resume):
+        rank = distributed.rank()
+        self.records = folder / (f"responses-{rank}.jsonl" if rank else "responses.jsonl")
+        self.state = folder / f"unfinished-{rank}.pt"
+        self.settings, self.batches, self.lines = settings | {"ranks": distributed.world()}, 0, 0
+        if not (resume and self.state.exists()):
+            self.state.unlink(missing_ok=True)
+            self.records.unlink(missing_ok=True)
+
+    def read(self):
+        """The records of the batches that are whole; sets the generator to go on after them."""
+        if not self.state.exists():
+            return []
+        state = torch.load(self.state, weights_only=True)
+        check_same(state["settings"], self.settings, self.state.parent)
+        lines = self.records.read_bytes().split(b"\n")[: state["lines"]]  # what follows is of a batch that was interrupted
+        self.records.write_bytes(b"".join(line + b"\n" for line in lines))
+        self.batches, self.lines = state["batches"], state["lines"]
+        torch.set_rng_state(state["generator"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
+        return [json.loads(line) for line in lines]
+
+    def write(self, records):
+        """Add a batch: first its records, then that they are whole."""
+        self.batches, self.lines = self.batches + 1, self.lines + len(records)
+        state = {"settings": self.settings, "batches": self.batches, "lines": self.lines, "generator": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state()
+        try:
+            with open(self.records, "a") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in records))
+            torch.save(state, self.state.with_suffix(".new"))
+            os.replace(self.state.with_suffix(".new"), self.state)
+        except (OSError, RuntimeError) as error:  # torch.save has its own for a full disk
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{self.records} cannot be written ({reason}): make room and go on with --resume") from error
+
+    def finish(self, records, result):
+        """Write eval.json and, in order, all ranks' records into one file (rank 0). Then nothing is unfinished any more."""
+        if distributed.rank() == 0:
+            staging = self.records.with_suffix(".new")
+            staging.write_text("".join(json.dumps(record) + "\n" for record in records))
+            self.records.with_name("eval.json").write_text(json.dumps(result, indent=2) + "\n")
+            self.state.unlink(missing_ok=True)
+            os.replace(staging, self.records)
+        distributed.gather([])  # the other ranks' files go when rank 0 has written theirs
+        if distributed.rank():
+            self.state.unlink(missing_ok=True)
+            self.records.unlink(missing_ok=True)
+
+
+def check_same(before, now, folder):
+    """Raise ValueError if an evaluation that is to go on had other flags."""
+    changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+    if changed:
+        raise ValueError(f"--resume: the evaluation in {folder} had other flags ({', '.join(changed)}): leave --resume out to start again")
+
+
 def describe(scores, samples):
     """The scores as one line of text."""
     names = ("avg", "pass", "majority")
@@ -144,22 +226,17 @@ def describe(scores, samples):
 def main(argv=None):
     """The command line."""
     cfg = EvalConfig(**vars(command_line(EvalConfig, __doc__).parse_args(argv)))
+    check_fields(cfg)
     check_grader(cfg.grader)
-    if cfg.samples < 1 or cfg.prompts < 0 or cfg.max_new_tokens < 1 or cfg.temperature <= 0 or not 0 < cfg.top_p <= 1:
-        others = "--prompts not be negative, --temperature be positive and --top_p be in (0, 1]"
-        raise ValueError(f"--samples must be at least 1, --max_new_tokens too, {others}")
-    if cfg.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"--dtype '{cfg.dtype}' is unknown: choose one of float32, bfloat16")
-    check_rows(cfg)
     copy = "" if cfg.data == EvalConfig.data else cfg.data
     pixels = cfg.min_pixels, cfg.max_pixels
     sets = {name: benchmarks.load(name, copy, cfg.instruction, pixels) for name in benchmarks.named(cfg.benchmark)}
-    dataset = next(iter(sets.values())) if sets else load_data(cfg.data, cfg.split, cfg, cfg.prompts, own=True)
+    dataset = next(iter(sets.values())) if sets else load_source((cfg.data, cfg.split, cfg.prompts, True), cfg)
     device = distributed.start()
     folder = tiny.ensure(model=cfg.model, data=cfg.data)[0] if cfg.model in tiny.NAMES and distributed.rank() == 0 else cfg.model
     folder = distributed.gather([folder])[0]
     policy = Policy(*load(folder, device), cfg.temperature, dtype=cfg.dtype)
-    policy.check_sharing(first_prompt(policy, dataset.__getitem__, range(len(dataset)), cfg))
+    policy.check_sharing(first_prompt(policy, dataset, range(len(dataset)), cfg))
     base = Path(cfg.model) if Path(cfg.model).is_dir() else Path("runs")
     output = Path(cfg.output or base / ("eval-benchmarks" if sets else f"eval-{Path(cfg.data).name}-{cfg.split}"))
     if not sets:
@@ -179,16 +256,25 @@ def main(argv=None):
 def measure(policy, dataset, cfg, output):
     """Evaluate on one data set and write responses.jsonl and eval.json. Returns eval.json's content; None but on rank 0."""
     output.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in vars(cfg).items() if name not in ("output", "report", "resume")}
+    done = output / "eval.json"
+    if cfg.resume and done.exists() and not list(output.glob("unfinished-*.pt")):
+        result = json.loads(done.read_text())
+        check_same(result.get("settings", {}), settings, output)
+        if distributed.rank() == 0:
+            print(f"{describe(result, cfg.samples)}   ({cfg.data}, {cfg.split}: was finished before; responses in {output})")
+        return result
     Path(cfg.report).parent.mkdir(parents=True, exist_ok=True)
+    distributed.gather([])  # no rank begins to write before all have looked
+    done.unlink(missing_ok=True)
     with_ids = report.EXAMPLES if cfg.report else 0
-    scores, records = evaluate(policy, dataset, cfg, cfg.prompts, cfg.samples, cfg.seed, with_ids=with_ids)
+    kept = Kept(output, settings, cfg.resume)
+    scores, records = evaluate(policy, dataset, cfg, cfg.prompts, cfg.samples, cfg.seed, with_ids=with_ids, kept=kept)
+    result = {"model": cfg.model, "data": cfg.data, "split": cfg.split, "prompts": len(records), "samples": cfg.samples}
+    result |= {**scores, "settings": settings}
+    kept.finish(records, result)
     if distributed.rank():
         return
-    with open(output / "responses.jsonl", "w") as file:
-        for record in records:
-            file.write(json.dumps(record) + "\n")
-    result = {"model": cfg.model, "data": cfg.data, "split": cfg.split, "prompts": len(records), "samples": cfg.samples, **scores}
-    (output / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"{describe(scores, cfg.samples)}   ({len(records)} prompts of {cfg.data}, {cfg.split}; responses in {output})")
     if cfg.report:
         heading = f"{cfg.model} on {cfg.data}, {cfg.split}: {describe(scores, cfg.samples)} ({len(records)} prompts)"
@@ -201,19 +287,5 @@ def measure(policy, dataset, cfg, output):
 MEMORY = "--responses_at_once, or add --dtype bfloat16"  # what to lower when it is too small
 
 
-def run(main, name, memory_flags):
-    """Run a script's main function and end the process: errors that the user can do something about as one sentence."""
-    try:
-        main()
-    except torch.OutOfMemoryError as error:
-        distributed.leave(f"{name}: out of memory: lower {memory_flags} ({str(error).splitlines()[0]})")
-    except (ValueError, ImportError, OSError) as error:
-        distributed.leave(f"{name}: {error}")
-    except Exception:  # among them what a rank sees when another has died
-        traceback.print_exc()
-        distributed.leave(f"{name}: stopped by the error above")
-    distributed.leave()
-
-
 if __name__ == "__main__":
-    run(main, "eval.py", MEMORY)
+    ending.run(main, "eval.py", MEMORY)

@@ -1,16 +1,17 @@
 """Phases 3 and 4 of VPPO as pure functions of tensors: group advantage, TAS, TGF and the clipped objective.
 
-Paper: arXiv 2510.09285, Eq. 1, 2, 4, 5, 6 and Appendix I. Nothing here knows a model, a config, a device or a process
+These are Eq. 1, 2, 4, 5, 6 and Appendix I of arXiv 2510.09285. Nothing here knows a model, a config, a device or a process
 group, so every function can be lifted into another trainer as it stands.
 
 Shapes used throughout:
-    B  responses, group after group: B = Q prompts x G responses; rows q*G .. q*G+G-1 answer prompt q
-    T  response length, right padded; response_mask (B, T) is True on real tokens, the end-of-sequence token included
-    V  vocabulary
+    B  number of responses, B = Q prompts x G responses. They stand group after group: rows q*G .. q*G+G-1 answer prompt q.
+    T  tokens of the longest response. Shorter ones are padded on the right. response_mask (B, T) is True on real tokens, and
+       the end-of-sequence token is one of them.
+    V  number of words in the vocabulary
 
-Where we deviate from the official code (README, "Where paper, official code and this code differ"): k*|o| is rounded up in exact arithmetic; alpha is computed
-from all the trajectories it is given at once, so give it the whole batch; the exact entropy is offered beside the official
-sampled-token penalty, whose gradient is another one.
+Three things in this file differ from the official code (docs/deviations.md has all). The number of kept tokens, k*|o| rounded up, is computed exactly.
+Alpha is computed from all the responses that are given at once, so give it those of the whole batch. The exact entropy is
+offered beside the official penalty on sampled tokens, which has another gradient.
 """
 
 from fractions import Fraction
@@ -47,9 +48,9 @@ def shaping_factors(mean_dependency, beta_min=0.9, beta_max=None):
 
     mean_dependency: (B,) = Sbar, the mean S of each response (`masked_mean`), of *all* trajectories of the rollout batch.
     beta_max None is the paper's "dynamic": beta_max = beta_min + (1 - beta_min) / mean(n), which makes mean(alpha) = 1.
-    Returns (B,) alpha; all ones where max - min <= 1e-6 or B < 2 (there is nothing to rank). alpha then scales the
-    advantage, A'_i = alpha_i * A_i, negative ones too. Raises ValueError if beta_min > beta_max (dynamic: beta_min > 1).
-    A dynamic beta_max has no bound: one outlier among otherwise equal responses gets an alpha of (1 - beta_min) * B.
+    Returns (B,) alpha, all ones where max - min <= 1e-6 or B < 2, for then there is nothing to rank. Alpha scales the advantage,
+    A'_i = alpha_i * A_i, negative ones too. Raises ValueError if beta_min > beta_max (dynamic: if beta_min > 1).
+    A dynamic beta_max has no bound. One outlier among otherwise equal responses gets alpha = beta_min + (1 - beta_min) * B.
 
     Example: Sbar = (0, 0.1, 0.2): n = (0, 0.5, 1), mean 0.5; beta_min 0.9, dynamic: beta_max = 0.9 + 0.1 / 0.5 = 1.1,
     alpha = (0.9, 1.0, 1.1).
@@ -95,6 +96,7 @@ def token_filter(dependency, response_mask, k=0.4):
     Example: |o| = 3, k = 0.4: ceil(1.2) = 2 tokens; S = (0.1, 2.0, 0.3): m = (0, 1, 1).
     """
     keep = kept_count(k, response_mask.long().sum(dim=1))  # (B,)
+    # argsort lists the tokens from the largest S down; scatter turns the list into the rank of each token.
     ranked = dependency.masked_fill(~response_mask.bool(), -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(ranked).scatter_(1, ranked, torch.arange(ranked.shape[1], device=ranked.device).expand_as(ranked))
     return (rank < keep[:, None]) & response_mask.bool()
@@ -152,7 +154,7 @@ def policy_loss(
     token_mask:    (B, T) bool m of Eq. 4, or float weights (`soft_filter`); None keeps every token.
     clip_low, clip_high: eps below and above; the paper's Eq. 6 has one eps, its recipe DAPO's "clip-higher" 0.2 / 0.28.
     dual_clip:     for negative advantages, bound the loss at dual_clip * |A| (official code: 3.0; not in the paper).
-    average:       "token": one mean over all response tokens of the batch (DAPO, the recipe of Appendix B);
+    average:       "token": one mean over all response tokens that are given (DAPO, the recipe of Appendix B);
                    "sequence": the mean over each response's |o_i| tokens, then over responses (Eq. 2 and 6 as printed).
     denominator:   overrides the count of response tokens ("token") or responses ("sequence"), so that micro-batches and
                    ranks that pass the count of the whole batch add up to its loss exactly.

@@ -8,24 +8,33 @@ image becomes), from the config (which ids stand for an image) and from the mode
 
 The prompt is shared by its group. The G responses to a prompt see the same image and the same question. So the prompt is run once,
 its key/value cache is repeated G times, and only the response tokens run on top. That holds in generation, in scoring, on the
-masked image and in the update, where the gradient flows back through the cache. The numbers are those of repeating the
-prompt G times (the *plain* path, kept as fallback and reference), at a fraction of the work: an image is hundreds of tokens.
+masked image and in the update. There the gradient of all G responses flows back through the repeated cache into the one prompt
+pass, and through it into the image tokens and the vision tower. The numbers are those of repeating the prompt G times (the *plain*
+path, kept as fallback and reference), at a fraction of the work: an image is hundreds of tokens.
 """
 
+import contextlib
+import json
+import signal
+import threading
+import warnings
 from pathlib import Path
 
 import torch
 import transformers
+from PIL import Image
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import is_torchvision_available
+from transformers.utils import cached_file, is_torchvision_available
 
 from loss import token_entropy
-from prompts import append, collate, is_per_token
+from prompts import Example, append, collate, encode, is_per_token
 
 transformers.utils.logging.disable_progress_bar()  # its bars ignore that output may be no terminal; ours do not
+FIRST_LIMIT = 10  # seconds for the first prompt of a model's processor; an ordinary one takes a hundredth of one
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,32 +60,162 @@ def image_text_processor(cls):
     return ImageText
 
 
+@contextlib.contextmanager
+def one_sentence(beginning):
+    """Whatever goes wrong inside as a ValueError of one sentence: files of a model hold anything."""
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # its reports of many lines would come before the sentence
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        raise ValueError(f"{beginning}: {kind}{reason}") from error
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+
+
+def some(names, limit=3):
+    """The first few of some names, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
 def load(name, device="cpu", trust_remote_code=False):
     """(model, processor) from a folder in Hugging Face format or a hub id; float32 weights, from safetensors only.
 
-    Raises ValueError with one sentence if there is no such folder or model, or it is not an image-text-to-text model.
+    Every weight is read and none is made up. Raises ValueError with one sentence if there is no such folder or model, if it is
+    not an image-text-to-text model, or if its files do not fit each other.
     """
     if Path(name).is_dir() and not (Path(name) / "config.json").exists():
         raise ValueError(f"model folder '{name}' has no config.json: give a folder in Hugging Face format, or a hub id")
-    try:
+    where = "has a config.json that cannot be read" if Path(name).is_dir() else "is neither a local folder nor a hub id that can be read"
+    with one_sentence(f"model '{name}' {where}"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model '{name}' is neither a local folder nor a hub id that can be read: {reason}") from error
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise ValueError(f"model '{name}' ({config.model_type}) is not an image-text-to-text model")
-    model = AutoModelForImageTextToText.from_pretrained(
-        name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
-    ).to(device)
-    return model, load_processor(name, config)
+    with one_sentence(f"model '{name}' cannot be loaded"):
+        check_before(name, config, trust_remote_code)
+        processor = load_processor(name, config)
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code,
+            output_loading_info=True, ignore_mismatched_sizes=True, generation_config=GenerationConfig(),
+        )  # fmt: skip
+        model.generation_config = shipped_generation_config(name, config)
+        check_after(model, found, processor)
+        return model.to(device), processor
+
+
+def check_before(name, config, trust_remote_code=False):
+    """Raise ValueError if the config asks for what is not there, before memory is spent on it. Only headers are read."""
+    parts = [config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))]
+    if any(getattr(part, "quantization_config", None) for part in parts):
+        raise ValueError("it is quantised, and training needs the weights themselves: take the model that it was made from")
+    if not Path(name).is_dir():
+        return  # of a hub id the files are not here yet
+    single, index = Path(name, "model.safetensors"), Path(name, "model.safetensors.index.json")
+    if not single.exists() and not index.exists():
+        return  # from_pretrained says so
+    stored = {}
+    for file in [single] if single.exists() else {Path(name, part) for part in json.loads(index.read_text())["weight_map"].values()}:
+        try:
+            with safe_open(file, "pt") as tensors:  # compares the file's length with what its header promises
+                stored |= {key: (tensors.get_slice(key).get_dtype(), tensors.get_slice(key).get_shape()) for key in tensors.keys()}
+        except Exception as error:
+            raise ValueError(f"{file.name} is damaged ({str(error).splitlines()[0]})") from error
+    coded = [f"{key} ({dtype})" for key, (dtype, _) in stored.items() if dtype not in ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")]
+    if coded:
+        raise ValueError(f"it is quantised, and training needs the weights themselves: {some(coded)}")
+    layers = [getattr(part, key, 0) for part in parts for key in ("num_hidden_layers", "depth")]
+    if max(layers, default=0) > len(stored):
+        raise ValueError(f"config.json asks for {max(layers)} layers, and the files hold {len(stored)} tensors")
+    with torch.device("meta"):  # shapes without memory
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+    wanted, there = sum(p.numel() for p in model.parameters()), sum(torch.Size(shape).numel() for _, shape in stored.values())
+    if wanted > there:
+        raise ValueError(f"config.json asks for {wanted:,} weights, and the files hold {there:,}")
+
+
+def check_after(model, found, processor):
+    """Raise ValueError if a weight is missing, left over, of another shape or not finite, or if ids go beyond the vocabulary.
+
+    found: what from_pretrained tells about names. Tied weights and buffers that are not saved are none of them. A tensor left
+    over means a renamed weight, or a config of a smaller model, which would leave out layers without a word.
+    """
+    problems = {
+        "missing": found["missing_keys"], "not in the model": found["unexpected_keys"],
+        "of another shape": {key for key, *_ in found["mismatched_keys"]},
+    }  # fmt: skip
+    wrong = [f"{what}: {some(names)}" for what, names in problems.items() if names]
+    if wrong:
+        raise ValueError(f"its weights do not fit its config.json ({'; '.join(wrong)})")
+    broken = [key for key, weight in model.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        raise ValueError(f"weights that are not finite: {some(broken)}")
+    tokenizer, size = processor.tokenizer, model.get_input_embeddings().num_embeddings
+    if max(tokenizer.get_vocab().values(), default=-1) >= size:
+        raise ValueError(f"the tokenizer has ids up to {max(tokenizer.get_vocab().values())}, the model a vocabulary of {size}")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer names no end-of-sequence token (eos_token)")
+    ends = model.generation_config.eos_token_id
+    for end in ends if isinstance(ends, list) else [ends]:
+        if end is not None and (type(end) is not int or not 0 <= end < size):
+            raise ValueError(f"eos_token_id {end!r} is no id of the vocabulary")
+
+
+def shipped_generation_config(name, config):
+    """The generation settings that come with a model. We use none of them but its end tokens, and save them again.
+
+    Settings that contradict each other do not matter: then only the end tokens are kept.
+    """
+    file = cached_file(name, "generation_config.json", _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return GenerationConfig.from_model_config(config)
+    settings = json.loads(Path(file).read_text())
+    if not isinstance(settings, dict):
+        raise ValueError("generation_config.json is no JSON object")
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except Exception:
+        return GenerationConfig(eos_token_id=settings.get("eos_token_id"))
 
 
 def load_processor(name, config):
     """The processor of a model; without torchvision, the same class less its video part."""
     cls = PROCESSOR_MAPPING.get(type(config), None)
     if cls is None or is_torchvision_available() or "video_processor" not in cls.get_attributes():
-        return AutoProcessor.from_pretrained(name)
-    return image_text_processor(cls).from_pretrained(name)
+        processor = AutoProcessor.from_pretrained(name)
+    else:
+        processor = image_text_processor(cls).from_pretrained(name)
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise ValueError("it has no processor for images and text")
+    if processor.chat_template or processor.tokenizer.chat_template:  # encode says where there is none
+        with time_limit(FIRST_LIMIT):  # a chat template is a program
+            encode(processor, Example([Image.new("RGB", (224, 224))], "What is this?", ""))
+    return processor
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """TimeoutError if the block takes longer. Only the main thread gets signals: in others there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        raise TimeoutError(f"it takes longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def save(policy, folder, weights=None):
@@ -179,8 +318,10 @@ class Policy(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
 
     def path(self):
-        """How prompts are run now: "cache" (once, the cache repeated for the group), "packed" (once, the group's responses after
-        it in one sequence) or "plain" (once for each response). Activation checkpointing and FSDP2 cannot train through a cache.
+        """How prompts are run now.
+
+        "cache": once, its cache repeated for the group. "packed": once, the group's responses after it in one sequence. "plain": once
+        for each response. Activation checkpointing and FSDP2 cannot train through a cache.
         """
         if not self.share_prompt:
             return "plain"
@@ -201,7 +342,7 @@ class Policy(nn.Module):
 
         Returns (cache, batch, offset). batch: the collated prompts' per-token tensors, repeated too. offset (B, 1): what to
         add to a token's count of real predecessors to get its position (in Qwen's three-axis positions an image advances by
-        less than its number of tokens). The last prompt token is left out because it is the one that predicts the first
+        less than its number of tokens: an image of 64 tokens as 8 x 8 advances by 8, so its offset is -56). The last prompt token is left out because it is the one that predicts the first
         response token: whoever continues feeds it first.
         """
         batch = collate(prompts, 1, self.pad_id, self.device)
@@ -258,9 +399,9 @@ class Policy(nn.Module):
         # Added to attention scores. The smallest bfloat16 and not -inf: a padded row sees nothing and must not become NaN.
         barrier = torch.zeros(sees.shape, dtype=self.model.dtype, device=self.device).masked_fill(~sees, torch.finfo(torch.bfloat16).min)
         states = body(**batch | {"attention_mask": barrier}, position_ids=position, use_cache=False)[0]  # (Q, N, H)
-        first = states[:, L - 1 : L, None].expand(-1, copies, -1, -1)  # (Q, 1, H) -> (Q, G, 1, H)
+        opening = states[:, L - 1 : L, None].expand(-1, copies, -1, -1)  # (Q, 1, H) -> (Q, G, 1, H)
         rest = states[:, L:].reshape(Q, copies, tail, -1)
-        return torch.cat([first.reshape(Q, copies, 1, -1), rest], dim=2).flatten(0, 1)
+        return torch.cat([opening.reshape(Q, copies, 1, -1), rest], dim=2).flatten(0, 1)
 
     def own_head(self, states):
         """(N, H) -> (N, V) logits by the model's own forward pass, whose body is made to return the given states."""
@@ -292,7 +433,8 @@ class Policy(nn.Module):
         def probabilities(path):
             return self.logits(self.states([prompt], ids, torch.ones_like(ids, dtype=torch.bool), path)).softmax(-1)
 
-        plain, notes, good = probabilities("plain"), [], {}
+        with one_sentence(f"model '{self.model.name_or_path}' cannot read a first prompt"):
+            plain, notes, good = probabilities("plain"), [], {}
         for path in ("cache", "packed"):
             try:
                 moved = (probabilities(path) - plain).abs().sum(-1).mean().item()

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from tqdm import tqdm
 
 import distributed
+import ending
 
 
 @dataclass
@@ -60,8 +60,9 @@ def encode(processor, example, system=""):
         raise OSError("the model has no chat template: take an instruction-tuned one")
     try:
         text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise OSError(f"the model's chat template refuses the messages ({error}): try --system_prompt ''") from error
+    except Exception as error:  # a template is a program of the model's folder
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(f"the model's chat template refuses the messages ({reason}): try --system_prompt ''") from error
     # Templates write the beginning-of-sequence token themselves; a tokenizer that adds one would make it two.
     special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
     return dict(processor(text=[text], images=[images] if images else None, return_tensors="pt", add_special_tokens=special))
@@ -117,25 +118,56 @@ def collate(prompts, copies=1, pad_id=0, device=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Which examples
 # ---------------------------------------------------------------------------------------------------------------------
-def example_at(dataset, position, seed):
-    """The example at a run's `position` (0, 1, 2, ...): a fresh shuffle of the data set each epoch, keyed by (seed, epoch).
+def row_at(dataset, position, seed):
+    """The row at a run's `position` (0, 1, 2, ...): a fresh shuffle of the data set each epoch, keyed by (seed, epoch).
 
     A stream is in such an order by itself. An endless data set is read in order from a place that depends on the seed.
     """
     if getattr(dataset, "length", 0) is None:
-        return dataset[position]
+        return position
     if len(dataset) >= 2**31:
-        return dataset[(seed * 2**20 + position) % 2**30]
+        return (seed * 2**20 + position) % 2**30
     epoch, i = divmod(position, len(dataset))
-    return dataset[int(np.random.default_rng([seed, epoch]).permutation(len(dataset))[i])]
+    return int(np.random.default_rng([seed, epoch]).permutation(len(dataset))[i])
+
+
+def example_at(dataset, position, seed):
+    """The example at a run's `position`."""
+    return dataset[row_at(dataset, position, seed)]
+
+
+LETTERS = 16  # more letters than this, on average, do not go into one token
 
 
 class TooLong(ValueError):
     """A prompt of more than --max_prompt_tokens."""
 
 
+class Unusable(ValueError):
+    """What ends the run because of its data. All ranks raise it together, so they can still save together."""
+
+
+def together(function):
+    """function() on this rank. If it fails on any rank (a bad row, a data set out of reach), all ranks raise Unusable."""
+    result, failure = None, None
+    try:
+        result = function()
+    except (ValueError, OSError) as error:
+        failure = error
+    failures = distributed.gather([str(failure)] if failure else [])
+    if failures:
+        raise Unusable(failures[0]) from failure
+    return result
+
+
 def encode_checked(policy, example, cfg):
-    """`model.encode` with the length limit; ValueError naming the row if it is exceeded or the processor refuses the example."""
+    """`encode` with the length limit; ValueError naming the row if it is exceeded or the processor refuses the example.
+
+    A very long text is not cut into tokens at all, which could take minutes: no vocabulary makes a text of one token every LETTERS letters.
+    """
+    letters = len(example.problem)
+    if letters > LETTERS * cfg.max_prompt_tokens:
+        raise TooLong(f"{example.name}: problem of {letters:,} letters exceeds --max_prompt_tokens {cfg.max_prompt_tokens}")
     try:
         prompt = encode(policy.processor, example, cfg.system_prompt)
     except (ValueError, TypeError) as error:  # an image 1 x 300, an unpaired surrogate
@@ -146,55 +178,66 @@ def encode_checked(policy, example, cfg):
     return prompt
 
 
-def usable(policy, get, places, cfg, left_out):
-    """The examples get(i) of some places that make a prompt: [(i, example, prompt)]; `left_out` collects why others do not.
+def usable(policy, dataset, rows, cfg, left_out):
+    """The examples of some rows that make a prompt: [(row, example, prompt)]; `left_out` collects why others do not.
 
     left_out: {"prompts_too_long": [sentence], "bad_rows": [sentence]}. Over-long prompts are left out as in the paper (Section
-    4); a row that cannot be used is an error, unless --skip_bad_rows leaves it out, too.
+    4); a row that cannot be used is an error, unless --skip_bad_rows leaves it out, too. What is found out about a row is kept with
+    the data set: in the next epoch the row is neither read nor reported again.
     """
-    found = []
-    for i in places:
+    found, known = [], getattr(dataset, "__dict__", {}).setdefault("left_out", {})  # row -> (reason, sentence)
+    for row in rows:
         try:
-            example = get(i)
-            found.append((i, example, encode_checked(policy, example, cfg)))
+            if row not in known:
+                example = dataset[row]
+                found.append((row, example, encode_checked(policy, example, cfg)))
         except TooLong as error:
-            left_out["prompts_too_long"].append(str(error))
+            known[row] = "prompts_too_long", str(error)
         except ValueError as error:
             if not cfg.skip_bad_rows:
                 raise
-            left_out["bad_rows"].append(str(error))
-            tqdm.write(f"left out: {error}", file=sys.stderr)
+            known[row] = "bad_rows", str(error)
+            tqdm.write(f"left out: {ending.one_line(error)}", file=sys.stderr)
+        if row in known:
+            reason, sentence = known[row]
+            left_out[reason].append(sentence)
     return found
 
 
-def first_prompt(policy, get, places, cfg):
-    """The prompt of the first place whose example get(i) makes one; with an image, if any of the first few has one."""
-    left_out, text = {"prompts_too_long": [], "bad_rows": []}, None
-    for number, i in enumerate(places):
-        for _, example, prompt in usable(policy, get, [i], cfg, left_out):
+def first_prompt(policy, dataset, rows, cfg):
+    """The prompt of the first of some rows that makes one; with an image, if any of the first few has one."""
+    left_out, text, seen = {"prompts_too_long": [], "bad_rows": []}, None, set()
+    for row in rows:
+        for _, example, prompt in usable(policy, dataset, [row] if row not in seen else [], cfg, left_out):
             if example.images:
                 return prompt
             text = text or prompt
-        if text and number > 100:
+        seen.add(row)
+        if text and len(seen) > 100:
             break
     if text:
         return text
-    raise ValueError(f"none of the first {len(places)} prompts can be used, among them {max(left_out.values(), key=len)[0]}")
+    raise ValueError(f"none of the first {len(seen)} prompts can be used, among them {max(left_out.values(), key=len)[0]}")
 
 
 def fetch(policy, dataset, cfg, position, wanted, left_out):
     """This rank's next `wanted` prompts, [(position, example, prompt)], and the run's new position, the same on all ranks.
 
-    Those left out are replaced by the next in line: each pass takes as many positions in a row as are missing over all ranks,
-    so which ones a batch is made of does not depend on the number of ranks.
+    A prompt that is left out is replaced by the next in line. Each pass takes as many positions in a row as are missing over all
+    ranks, so the prompts of a batch do not depend on the number of ranks.
     """
-    found, start = [], position
+    found, begin = [], position
     while sum(missing := distributed.gather([wanted - len(found)])):
-        if position - start > 1000 + 10 * cfg.prompts_per_step:
+        if position - begin > 1000 + 10 * cfg.prompts_per_step:
             last = distributed.gather([sentence for sentences in left_out.values() for sentence in sentences[-1:]])[-1]
-            raise ValueError(f"of {position - start} prompts in a row not one in ten can be used, among them {last}")
-        first = position + sum(missing[: distributed.rank()])
-        mine = range(first, first + missing[distributed.rank()])
-        found += usable(policy, lambda p: example_at(dataset, p, cfg.seed), mine, cfg, left_out)
+            raise Unusable(f"of {position - begin} prompts in a row not one in ten can be used, among them {last}")
+        start = position + sum(missing[: distributed.rank()])  # the ranks take their positions one after the other
+        mine = {p: row_at(dataset, p, cfg.seed) for p in range(start, start + missing[distributed.rank()])}
+
+        def read():
+            """The prompts at this rank's positions."""
+            return [(p, *rest) for p, row in mine.items() for _, *rest in usable(policy, dataset, [row], cfg, left_out)]
+
+        found += together(read)
         position += sum(missing)
     return found, position

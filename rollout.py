@@ -59,8 +59,8 @@ class Rollout:
         prompts = [self.prompts[q] for q in groups]
         return Rollout(prompts, self.response_ids[rows], self.response_mask[rows], texts, self.truncated[rows], self.pad_id)
 
-    def silenced(self):
-        """The same responses with an empty mask, so that they count nowhere."""
+    def emptied(self):
+        """The same responses with an empty mask, so that none of their tokens counts."""
         return replace(self, response_mask=torch.zeros_like(self.response_mask))
 
     def micro_batches(self, tokens_per_batch, groups=None):

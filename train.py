@@ -13,10 +13,15 @@ summary.json with held-out accuracy before and after, and curves.png if matplotl
 A reward, mask, metric or credit rule of your own is a function: `train.main(reward=mine)`, see vppo.train_step.
 """
 
+import ending  # first of all, so that Ctrl-C during the imports below is answered with a sentence
+
+# isort: split
+
 import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -25,14 +30,14 @@ import torch
 from tqdm import tqdm
 
 import distributed
-from checkpoint import checkpoint_of, clean, restore, save_checkpoint
+from checkpoint import checkpoint_of, clean, nothing_left, restore, save_checkpoint, work_kept
 from config import output_folder, parse, run_of
 from data import load_source, sources
 from dryrun import dry_run
-from eval import describe, evaluate, run
+from eval import describe, evaluate
 from laptop import tiny
 from model import Policy, load
-from prompts import example_at, first_prompt
+from prompts import first_prompt, row_at
 from report import curves
 from reward import check_grader
 from vppo import train_step
@@ -63,57 +68,75 @@ def main(argv=None, **own):
         policy.model.activation_checkpointing_enable()
     engine = distributed.engine(policy, cfg.shard)
     with distributed.unsharded(policy):
-        sharing = policy.check_sharing(first_prompt(policy, lambda p: example_at(train_data, p, cfg.seed), range(1000), cfg))
+        first_rows = (row_at(train_data, position, cfg.seed) for position in range(1000))
+        sharing = policy.check_sharing(first_prompt(policy, train_data, first_rows, cfg))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
-    if distributed.rank() == 0:  # only now: a run that fails to start leaves nothing behind
-        open_folder(folder, cfg, resume, path)
-    progress = {"step": 0, "position": 0, "seconds": 0.0, "bad": 0, "before": None,
+    progress = {"step": 0, "position": 0, "seconds": 0.0, "bad": 0, "before": None, "threads": torch.get_num_threads(),
                 "left_out": {"prompts_too_long": 0, "bad_rows": 0}}  # fmt: skip
     if path:
         progress |= restore(policy, optimizer, path)
-    found = f" from {path}" if path else ": it has no whole checkpoint yet"
-    announce(cfg, policy, folder, model_folder, sharing, f"resumed at step {progress['step']}{found}" if resume else "")
 
-    # The loop: one step is one rollout batch. Evaluation samples at temperature 1 from the full distribution (Section 4).
+    # The run's folder, and held-out accuracy before. Evaluation samples at temperature 1 from the full distribution (Section 4).
     plain = dataclasses.replace(cfg, temperature=1.0, top_p=1.0)
     start = time.time() - progress["seconds"]
-    writer = board(cfg, folder, progress["step"])
-    progress["before"] = progress["before"] or test(policy, test_data, plain, folder, "before", own)
-    asked = watch_signals()
+    with nothing_left(folder, resume):
+        open_folder(folder, cfg, resume, path)
+        announce(cfg, policy, folder, model_folder, sharing, resume, path, progress)
+        writer = board(cfg, folder, progress["step"])
+        progress["before"] = progress["before"] or test(policy, test_data, plain, folder, "before", own)
+    asked, handlers = watch_signals()
+    updates = []  # the optimizer's steps in the step that is under way
+    optimizer.register_step_post_hook(lambda *_: updates.append(1))
+    saved = progress["step"]
+
+    def save():
+        """Write a checkpoint of the steps that are done, unless there is one. Returns how many are saved."""
+        nonlocal saved
+        if progress["step"] > saved:
+            save_checkpoint(policy, optimizer, folder, progress | {"seconds": time.time() - start}, cfg.keep)
+            saved = progress["step"]
+        return saved
+
+    # The loop: one step is one rollout batch.
     todo = range(progress["step"], cfg.steps)
     bar = tqdm(todo, cfg.method, disable=None if distributed.rank() == 0 else True, initial=progress["step"], total=cfg.steps)
     leave = False
     for step in bar:
-        metrics, progress["position"], batch = train_step(engine, optimizer, train_data, cfg, step, progress["position"], **own)
-        last = step + 1 == cfg.steps
+        updates.clear()
+        with work_kept(folder, lambda: not updates and save()):  # between two updates of a step the weights belong to no step
+            metrics, progress["position"], batch = train_step(engine, optimizer, train_data, cfg, step, progress["position"], **own)
+        if updates and not distributed.finite(policy):
+            raise ValueError(f"step {step + 1} made weights that are no finite numbers, so it is not saved: "
+                             "start a new run with --model CHECKPOINT and a smaller --lr")  # fmt: skip
+        skipped, last = metrics.get("updates_skipped", 0), step + 1 == cfg.steps
+        progress["left_out"] = {what: number + metrics[what] for what, number in progress["left_out"].items()}
+        progress |= {"step": step + 1, "bad": progress["bad"] + skipped if skipped == cfg.updates_per_rollout else 0}
         if val_data is not None and ((step + 1) % cfg.eval_every == 0 or last):
             clock = time.perf_counter()
-            scores, _ = evaluate(policy, val_data, plain, cfg.eval_prompts, cfg.eval_samples, cfg.seed, "validation", reward=own.get("reward"))
+            sizes = (plain, cfg.eval_prompts, cfg.eval_samples, cfg.seed)
+            with work_kept(folder, lambda: log(folder, metrics, batch, writer) or save()):
+                scores, _ = evaluate(policy, val_data, *sizes, "validation", reward=own.get("reward"))
             metrics |= {"val_avg": scores["avg"], "val_avg_ci": scores["avg_ci"], "seconds_eval": time.perf_counter() - clock}
         log(folder, metrics, batch, writer)
         bar.set_postfix(reward=f"{metrics['reward']:.2f}", refresh=False)
-
-        skipped = metrics.get("updates_skipped", 0)
-        progress["bad"] = progress["bad"] + skipped if skipped == cfg.updates_per_rollout else 0
         if progress["bad"] >= PATIENCE:
             raise ValueError(f"{progress['bad']} updates in a row had no finite gradient (step {step + 1}): start a new run with "
                              "--model CHECKPOINT and a smaller --lr, or --dtype float32; they left the weights as they were")  # fmt: skip
-        progress["left_out"] = {what: number + metrics[what] for what, number in progress["left_out"].items()}
-        progress |= {"step": step + 1, "seconds": time.time() - start}
         leave = distributed.total(len(asked)) > 0  # all ranks leave together
         if leave or (cfg.save_every and ((step + 1) % cfg.save_every == 0 or last)):
-            save_checkpoint(policy, optimizer, folder, progress, cfg.keep)
+            save()
         if leave:
             break
     bar.close()
     if writer:
         writer.close()
     if leave:
+        distributed.unlock(folder)
         if distributed.rank() == 0:
             print(f"stopped after step {progress['step']}, which is saved; go on with: --resume {folder}")
         return None
-    for number in (signal.SIGTERM, signal.SIGINT):  # nothing is left that could be lost
-        signal.signal(number, signal.SIG_DFL)
+    for number, handler in handlers.items():  # nothing is left that could be lost
+        signal.signal(number, handler)
     progress["after"] = test(policy, test_data, plain, folder, "after", own)
     return finish(cfg, folder, progress, test_data, start, seconds_warmup)
 
@@ -129,6 +152,8 @@ def decide(cfg, resume):
         raise ValueError(f"--prompts_per_step {cfg.prompts_per_step} must be at least the number of ranks, {distributed.world()}")
     decision = None
     if distributed.rank() == 0:
+        if resume:
+            distributed.lock(run_of(resume))  # before a damaged checkpoint is renamed
         path = checkpoint_of(resume) if resume else None
         folder = run_of(resume) if resume else output_folder(cfg)
         model_folder, seconds = tiny.ensure(model=cfg.model, data=cfg.data) if cfg.model in tiny.NAMES else (cfg.model, 0.0)
@@ -138,22 +163,29 @@ def decide(cfg, resume):
 
 def open_folder(folder, cfg, resume, path):
     """Make a new run's folder, or bring a resumed one to the state it had at checkpoint `path`; write config.json."""
+    if distributed.rank():
+        return
     text = json.dumps(dataclasses.asdict(cfg), indent=2) + "\n"
     try:
         if resume:
             clean(folder, path)
-            (folder / "config.new").write_text(text)
-            os.replace(folder / "config.new", folder / "config.json")
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / "config.json", "x") as file:  # x: an error if another run was faster
-                file.write(text)
+            distributed.lock(folder)
+            if (folder / "config.json").exists():
+                distributed.unlock(folder)
+                raise ValueError(f"--output {folder} already holds a run's config.json: another run was faster")
+        (folder / "config.new").write_text(text)
+        os.replace(folder / "config.new", folder / "config.json")
     except OSError as error:
         raise ValueError(f"--output {folder} cannot be written: {error.strerror}") from error
 
 
-def announce(cfg, policy, folder, model_folder, sharing, resumed):
-    """Print what is about to happen: the model, the batch arithmetic, how prompts are run, and where a resumed run goes on."""
+def announce(cfg, policy, folder, model_folder, sharing, resume, path, progress):
+    """Print what is about to happen: the model, the batch arithmetic, how prompts are run, and where a resumed run goes on.
+
+    On stderr stands what may go wrong: another number of threads than before, a disk too small for two checkpoints.
+    """
     if distributed.rank():
         return
     size = sum(p.numel() for p in policy.parameters()) / 1e6
@@ -163,8 +195,16 @@ def announce(cfg, policy, folder, model_folder, sharing, resumed):
     print(f"{cfg.steps} steps x {cfg.prompts_per_step} prompts x {cfg.group_size} responses = {cfg.steps * responses} responses; "
           f"{cfg.updates_per_rollout} update(s) a step of {responses // cfg.updates_per_rollout} responses")  # fmt: skip
     print(sharing)
-    if resumed:
-        print(resumed)
+    if resume:
+        print(f"resumed at step {progress['step']}{f' from {path}' if path else ': it has no whole checkpoint yet'}")
+    threads = torch.get_num_threads()
+    if progress["threads"] != threads:
+        print(f"the run had {progress['threads']} threads (OMP_NUM_THREADS) and now has {threads}: "
+              "sums round differently, so it does not go on to the bit", file=sys.stderr)  # fmt: skip
+        progress["threads"] = threads
+    need, free = 12e-3 * size, shutil.disk_usage(folder).free / 1e9  # float32 weights and two Adam states of each
+    if cfg.save_every and free < 2 * need:
+        print(f"a checkpoint takes {need:.1f} GB, and the disk of {folder} has {free:.1f} GB free: make room, or --keep 1", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,7 +274,7 @@ def board(cfg, folder, step):
 
 
 def watch_signals():
-    """From now on Ctrl-C and SIGTERM ask the run to finish its step, save and leave: the list returned is then not empty.
+    """From now on Ctrl-C and SIGTERM ask the run to finish its step, save and leave. Returns (a list that is then not empty, old handlers).
 
     A second Ctrl-C ends a single process at once. Under torchrun a rank may get the same request twice, so it waits for the step.
     """
@@ -245,9 +285,7 @@ def watch_signals():
         if "WORLD_SIZE" not in os.environ:
             signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask)
-    return asked
+    return asked, {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,18 +316,19 @@ def finish(cfg, folder, progress, test_data, start, seconds_warmup):
         summary |= {f"avg_at_{k}_{name}": scores["avg"], f"avg_at_{k}_{name}_ci": scores["avg_ci"],
                     f"pass_at_{k}_{name}": scores["pass"], f"pass_at_{k}_{name}_ci": scores["pass_ci"]}  # fmt: skip
     if distributed.rank() == 0:
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if cfg.steps:
+            curves(folder / "metrics.jsonl", folder / "curves.png")  # does nothing without matplotlib
         if after:
             print(f"\nheld out, {min(cfg.test_prompts, len(test_data))} prompts x {k} responses, 95 % intervals\n"
                   f"  before  {describe(progress['before'], k)}\n  after   {describe(after, k)}")  # fmt: skip
         if any(progress["left_out"].values()):
             print("left out in training, each time it came up: "
                   + ", ".join(f"{what.replace('_', ' ')} {number}" for what, number in progress["left_out"].items()))  # fmt: skip
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        if cfg.steps:
-            curves(folder / "metrics.jsonl", folder / "curves.png")  # does nothing without matplotlib
+        distributed.unlock(folder)
         print(f"{summary['seconds']:.0f} s of training and evaluation, {seconds_warmup:.0f} s of warm-up; everything is in {folder}")
     return summary
 
 
 if __name__ == "__main__":
-    run(main, "train.py", MEMORY)
+    ending.run(main, "train.py", MEMORY)

@@ -2,13 +2,18 @@
 
 `train_step` takes one rollout batch through four phases. Each phase is one function below it, in order:
 
-    1. collect     sample G responses to each of Q prompts, and grade them
-    2. measure     score the responses with the true and with a masked image: S, how much each token depends on the image (Eq. 3)
-    3. modulate    decide which tokens carry gradient (TGF, Eq. 4) and how loud each response speaks (TAS, Eq. 5)
-    4. update      take the gradient steps on the clipped objective (Eq. 6)
+    1. collect     the policy writes G responses to each of Q prompts, and a reward grades them
+    2. measure     it scores them with the true and with a masked image: old_logprobs, and S, how much a token needs the image (Eq. 3)
+    3. modulate    which tokens carry gradient (TGF, Eq. 4), and by how much each response's advantage is scaled (TAS, Eq. 5)
+    4. update      by default two gradient steps on the clipped objective (Eq. 6), each on half of the groups
+
+So a default step runs the model in five stages. It generates. Without gradient it scores with the true and with the masked image. And
+it takes two updates, forward and backward. S and old_logprobs belong to the policy that wrote the responses, so they are measured once,
+before the first update changes it. An update also has to know S, because S decides which tokens have a gradient.
 
 DAPO and GRPO are this step with parts switched off (config.py: METHODS). Read dependency.py and loss.py next, where the equations are.
-A line that mentions `distributed` matters on several GPUs only. On one process it does nothing, so skip it at first.
+On one process read `total(x)`, `part_of(x)`, `gather(x)` of distributed as x, `join(x)` as (x, all of it), `before(x)` as 0, and
+`passes(engine, m)` as a loop over the micro-batches m with `counts` = 1. Skip all else that mentions `distributed`.
 
 Shapes: Q prompts, G responses to each, B = Q * G responses in the order of their groups, T tokens in the longest response.
 """
@@ -31,42 +36,42 @@ from rollout import Rollout, concatenate, generate
 def train_step(engine, optimizer, dataset, cfg, step, position, reward=None, mask_image=None, metric=None, credit=None):
     """One rollout batch through the four phases. Returns (metrics, the new position in the data, the Batch or None).
 
-    engine:   the policy (model.Policy); on several GPUs what distributed.engine made of it.
-    position: the run's place in its data, 0 at its start. Step and position key all randomness, so a resumed run repeats itself.
+    engine:   what the updates differentiate: the policy (model.Policy), on several GPUs wrapped by distributed.engine.
+    position: the run's place in its data, 0 at its start.
 
     Four parts can be replaced by a function of your own, without an edit anywhere else:
     reward(response, example, cfg) -> float     example has answer, problem and images; default: compare with the answer
-    mask_image(image, rng) -> image             hides part of an image; default: the one of dependency.MASKS that cfg.mask names
-    metric(logits, masked_logits, ids) -> S     (N, V), (N, V), (N,) -> (N,); default: the one of dependency.METRICS
-    credit(batch, cfg)                          phase 3: sets alpha, token_mask and advantages of the batch; default: modulate
+    mask_image(image, rng) -> image             hides part of an RGB image and keeps its size; default: the mask that cfg.mask names
+    metric(logits, masked_logits, ids) -> S     (N, V), (N, V), (N,) -> (N,); default: the one that cfg.metric names
+    credit(batch, cfg)                          phase 3: sets alpha (B,), token_mask (B, T) and advantages (B,); default: modulate
+    S is measured for methods with "tgf" or "tas". For the others it is 0, so give a metric or a credit rule to method "vppo".
     """
+    # Sampling depends on (seed, step, rank) and masks on (seed, position, draw), so a resumed run repeats itself.
     torch.manual_seed(((cfg.seed * 1_000_003 + step) * 1_009 + distributed.rank()) % 2**63)
     lr = cfg.lr * (1 - step / cfg.steps) if cfg.lr_schedule == "linear" else cfg.lr
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = lr
     optimizer.zero_grad()  # the last gradients need not lie in memory while responses are sampled
     policy = distributed.bare(engine)
     clock = [time.perf_counter()]
-
     with distributed.unsharded(policy):
-        batch, position, metrics = collect(policy, dataset, cfg, position, reward)  # phase 1
+        batch, position, metrics = collect(policy, dataset, cfg, position, reward or grade_example)  # phase 1
         clock.append(time.perf_counter())
         metrics = {"step": step + 1, **metrics, "lr": lr, "skipped": int(batch is None)}
-        if batch is None:  # no group has both right and wrong responses, so there is nothing to learn from
+        if batch is None:  # with DAPO's recipe: in no group do the rewards differ, so there is nothing to learn from
             return metrics | {"seconds_rollout": clock[1] - clock[0]}, position, None
         measure(policy, batch, cfg, mask_image, metric)  # phase 2
-    (credit or modulate)(batch, cfg)  # phase 3
+    (credit or modulate)(batch, cfg)  # phase 3, by your own rule or by modulate
     clock.append(time.perf_counter())
     sums = [update(engine, optimizer, batch, groups, cfg) for groups in deal(batch, cfg)]  # phase 4
     clock.append(time.perf_counter())
-
     seconds = {f"seconds_{name}": clock[i + 1] - clock[i] for i, name in enumerate(("rollout", "score", "update"))}
     return metrics | summarise(batch, sums, cfg) | seconds, position, batch
 
 
 @dataclass
 class Batch:
-    """A rollout batch on its way through the phases: Q groups of G responses (on several GPUs: this rank's groups)."""
+    """A rollout batch on its way through the phases: Q groups of G responses (on several GPUs this rank's groups)."""
 
     rollout: Rollout  # prompts, response_ids (B, T), response_mask (B, T), texts
     examples: list  # Q, what each prompt was made from
@@ -81,41 +86,40 @@ class Batch:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Phase 1: rollout. The policy answers each prompt G times, and a program grades the answers. A group whose rewards are all
-# equal has advantage 0 everywhere and teaches nothing. DAPO drops such groups and samples fresh prompts in their place
-# ("dynamic sampling"), for at most cfg.max_rounds rounds.
+# Phase 1: rollout. The policy answers each prompt G times, and a program grades the answers. A group of equal rewards has advantage 0
+# and teaches nothing. DAPO's recipe, which "vppo" has too, drops it and samples a fresh prompt instead ("dynamic sampling"), for at
+# most cfg.max_rounds rounds. Without the recipe ("grpo") it stays: it has no gradient, but it counts in the divisor and in Eq. 5.
 # ---------------------------------------------------------------------------------------------------------------------
-def collect(policy, dataset, cfg, position, reward=None):
-    """Phase 1: Q prompts with G graded responses each. Returns (Batch, new position, metrics); Batch None: no group has a signal."""
-    wanted = distributed.part_of(cfg.prompts_per_step)  # Q
+def collect(policy, dataset, cfg, position, reward=grade_example):
+    """Phase 1: up to Q prompts with G graded responses each. Returns (Batch or None, new position, metrics)."""
+    Q = distributed.part_of(cfg.prompts_per_step)
     rollouts, examples, positions, rewards = [], [], [], []
     counts, left_out = Counter(), {"prompts_too_long": [], "bad_rows": []}
     for number in range(cfg.max_rounds if cfg.has("dapo") else 1):
-        found, position = fetch(policy, dataset, cfg, position, wanted - len(examples), left_out)
-        if not found:
+        found, position = fetch(policy, dataset, cfg, position, Q - len(examples), left_out)
+        if not found:  # the batch is full; distributed: other ranks may need this round, so all go through it
             continue
-        places, asked, prompts = (list(column) for column in zip(*found))
-        sizes = (cfg.group_size, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.responses_at_once)
-        rollout = generate(policy, prompts, *sizes, progress=distributed.rank() == 0 and "rollout")
-        pairs = zip(rollout.texts, (example for example in asked for _ in range(cfg.group_size)))
-        graded = torch.tensor([float((reward or grade_example)(text, example, cfg)) for text, example in pairs])
-        groups = graded.reshape(-1, cfg.group_size)  # (Q, G)
-        signal = (groups != groups[:, :1]).any(dim=1)  # (Q,) True where a group's rewards differ
-        if number == 0:  # later rounds stand in for prompts that are too easy or too hard: a biased sample of the data
-            counts += Counter(reward=graded.sum().item(), first_responses=len(graded))
-        counts += Counter(prompts=len(asked), silent=int((~signal).sum()), responses=len(graded))
+        new_positions, new_examples, prompts = (list(column) for column in zip(*found))
+        limits = (cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.responses_at_once)
+        rollout = generate(policy, prompts, cfg.group_size, *limits, progress="rollout" if distributed.rank() == 0 else None)
+        of_response = [example for example in new_examples for _ in range(cfg.group_size)]  # B
+        graded = [float(reward(text, example, cfg)) for text, example in zip(rollout.texts, of_response)]
+        graded = torch.tensor(graded, device=policy.device).reshape(-1, cfg.group_size)  # (Q, G)
+        differ = (graded != graded[:, :1]).any(dim=1)  # (Q,) the groups that have a signal
+        if number == 0:  # only the first round is a fair sample of the data
+            counts += Counter(reward=graded.sum().item(), responses_at_first=graded.numel())
+        counts += Counter(prompts=len(new_examples), no_signal=int((~differ).sum()), responses=graded.numel())
         counts += Counter(tokens=int(rollout.response_mask.sum()), truncated=int(rollout.truncated.sum()))
-        keep = [q for q in range(len(asked)) if signal[q] or not cfg.has("dapo")]
+        keep = [q for q in range(len(new_examples)) if differ[q] or not cfg.has("dapo")]
         if keep:
             rollouts.append(rollout.subset(keep))
-            examples += [asked[q] for q in keep]
-            positions += [places[q] for q in keep]
-            rewards.append(groups[keep].flatten())
-    names = ("reward", "first_responses", "prompts", "silent", "responses", "tokens", "truncated")
-    total = {name: distributed.total(counts[name]) for name in names}
+            examples += [new_examples[q] for q in keep]
+            positions += [new_positions[q] for q in keep]
+            rewards.append(graded[keep].flatten())
+    total = sum(distributed.gather([counts]), Counter())  # a Counter leaves out what is 0, and reads it as 0
     metrics = {
-        "reward": total["reward"] / max(1, total["first_responses"]),
-        "no_signal": total["silent"] / max(1, total["prompts"]),
+        "reward": total["reward"] / max(1, total["responses_at_first"]),
+        "no_signal": total["no_signal"] / max(1, total["prompts"]),
         "prompts_sampled": total["prompts"],
         **{reason: distributed.total(len(sentences)) for reason, sentences in left_out.items()},
         "response_length": total["tokens"] / max(1, total["responses"]),
@@ -123,103 +127,99 @@ def collect(policy, dataset, cfg, position, reward=None):
     }
     if not distributed.total(len(examples)):
         return None, position, metrics
-    if not examples:  # distributed: only other ranks have groups, so this one goes along with a group that counts nowhere
-        return Batch(rollout.subset([0]).silenced(), asked[:1], places[:1], groups[0]), position, metrics
+    if not examples:  # distributed: only other ranks have groups; this one goes along with an empty group, which counts nowhere
+        return Batch(rollout.subset([0]).emptied(), new_examples[:1], new_positions[:1], graded[0]), position, metrics
     return Batch(concatenate(rollouts), examples, positions, torch.cat(rewards)), position, metrics
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Phase 2: dependency. The rollout policy scores its own responses twice, without gradient: once with the true image, which gives
-# old_logprobs, and once with a masked image. If hiding part of the image changes the prediction of a token, that token
-# depends on the image. S is the size of the change.
+# Phase 2: dependency. The policy that wrote the responses scores them twice, without gradient. The pass with the true image gives
+# old_logprobs. The pass with a masked image shows what the image did: if hiding part of it changes the prediction of a token,
+# that token depends on the image. S is the size of the change.
 # ---------------------------------------------------------------------------------------------------------------------
 def measure(policy, batch, cfg, mask_image=None, metric=None):
     """Phase 2: sets old_logprobs, entropy and dependency, (B, T) each. Without TGF and TAS the masked pass is left out and S is 0."""
     masked_prompts = None
     if cfg.has("tgf") or cfg.has("tas"):
-        draws = range(cfg.group_size) if cfg.mask_per == "rollout" else [0]  # one masked image per response, or one per prompt
-        masked_prompts = [
-            # The key makes a masked image the same whenever and on whichever rank it is drawn.
-            with_images(policy.processor, prompt, mask_images(example.images, mask_image or cfg.mask, [cfg.seed, position, draw]))
-            for prompt, example, position in zip(batch.rollout.prompts, batch.examples, batch.positions)
-            for draw in draws
-        ]
+        masked_prompts = []
+        for prompt, example, position in zip(batch.rollout.prompts, batch.examples, batch.positions):
+            for draw in range(cfg.group_size if cfg.mask_per == "rollout" else 1):  # a masked image per response, or one per prompt
+                images = mask_images(example.images, mask_image or cfg.mask, key=[cfg.seed, position, draw])
+                masked_prompts.append(with_images(policy.processor, prompt, images))
     scores = score(policy, batch.rollout, masked_prompts, metric or cfg.metric, cfg.tokens_per_batch)
     batch.old_logprobs, batch.entropy, batch.dependency = scores["logprobs"], scores["entropy"], scores["dependency"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Phase 3: modulation. TGF keeps the k * |o_i| tokens of each response that depend on the image most; only they carry gradient.
-# TAS compares whole responses: one that looked more than others gets a larger alpha, which multiplies its advantage.
+# Phase 3: modulation. TGF keeps the ceil(k * |o_i|) tokens of each response that depend on the image most; only they carry gradient.
+# TAS compares whole responses: one with a larger mean S gets a larger alpha, which multiplies its advantage. So a right
+# response that looked at the image is rewarded more than a right guess, and a wrong one that looked is punished more.
 # ---------------------------------------------------------------------------------------------------------------------
 def modulate(batch, cfg):
-    """Phase 3: sets alpha (B,), token_mask (B, T) and advantages (B,) of the batch, once for all updates made from it."""
+    """Phase 3: sets alpha (B,), token_mask (B, T) and advantages (B,) of the batch, once for all updates made from it.
+
+    Eq. 5 compares the responses of the whole rollout batch. On several GPUs each rank gathers the mean S of all ranks
+    (distributed.join), computes the alpha of everyone from the same numbers, and keeps its own part.
+    """
     response_mask = batch.rollout.response_mask
     mean_dependency = loss.masked_mean(batch.dependency, response_mask)  # (B,) Sbar
     batch.alpha = torch.ones_like(mean_dependency)
     if cfg.has("tas"):
-        # Minimum, maximum and mean of Eq. 5 are those of the whole rollout batch, on several GPUs of all ranks together.
-        real = response_mask.any(dim=1)  # (B,) distributed: False for the stand-in of a rank without groups
-        everyone, mine = distributed.join(mean_dependency[real])
-        batch.alpha[real] = loss.shaping_factors(everyone, cfg.beta_min, cfg.beta_max)[mine]
+        filled = response_mask.any(dim=1)  # (B,) distributed: False for the empty group of a rank that has no other
+        everyone, mine = distributed.join(mean_dependency[filled])
+        batch.alpha[filled] = loss.shaping_factors(everyone, cfg.beta_min, cfg.beta_max)[mine]
     batch.token_mask = response_mask
     if cfg.has("tgf"):
         rankings = {"dependency": batch.dependency, "entropy": batch.entropy}  # Table 4 also ranks by entropy, or at random
         ranking = rankings[cfg.select] if cfg.select in rankings else torch.rand_like(batch.dependency)
         batch.token_mask = (loss.soft_filter if cfg.soft else loss.token_filter)(ranking, response_mask, cfg.k)
-    rewards = batch.rewards.to(response_mask.device)
-    if cfg.shape == "reward":  # Table 7: alpha then also changes a group's mean and standard deviation
-        batch.advantages = loss.group_advantages(batch.alpha * rewards, cfg.group_size)
+    if cfg.shape == "reward":  # Table 7: alpha scales the rewards, and with them a group's mean and standard deviation
+        batch.advantages = loss.group_advantages(batch.alpha * batch.rewards, cfg.group_size)
     else:
-        batch.advantages = batch.alpha * loss.group_advantages(rewards, cfg.group_size)  # A' = alpha * A
+        batch.advantages = batch.alpha * loss.group_advantages(batch.rewards, cfg.group_size)  # A' = alpha * A
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Phase 4: update. The groups are dealt out to cfg.updates_per_rollout updates. In the first one the policy still is the rollout
-# policy, so every ratio is 1. In later ones the ratio departs from 1 and the clip of Eq. 6 holds it back.
+# Phase 4: update. In a step's first update the policy still is the one that wrote the responses, so every ratio is 1, but for rounding.
+# In later ones it departs from 1. The clip takes away the gradient of a token that gained enough: above 1.28 if A > 0, below 0.8 if A < 0.
 # ---------------------------------------------------------------------------------------------------------------------
 def deal(batch, cfg):
-    """The groups of each update, as lists of their numbers: group after group, in turn, counted over all ranks."""
-    first = distributed.before(len(batch.examples))  # groups of the ranks before this one
-    updates = cfg.updates_per_rollout
-    return [[q for q in range(len(batch.examples)) if (first + q) % updates == u] for u in range(updates)]
+    """The numbers of the groups of each update: groups are dealt out to the updates in turn."""
+    earlier = distributed.before(len(batch.examples))  # distributed: the ranks before this one have so many groups, else 0
+    return [[q for q in range(len(batch.examples)) if (earlier + q) % cfg.updates_per_rollout == u] for u in range(cfg.updates_per_rollout)]
 
 
 def update(engine, optimizer, batch, groups, cfg):
     """Phase 4: one optimizer step on some groups of the batch, micro-batch by micro-batch. Returns sums for the metrics.
 
-    The divisor of Eq. 6 counts all response tokens of the update (or its responses, with average "sequence"), also those that
-    TGF filtered out. It depends neither on the size of a micro-batch nor on the number of ranks.
+    A token has a gradient if the filter keeps it, its response's advantage is not 0, and the clip has not taken it away. An entropy
+    penalty gives one to all response tokens. The loss is divided by the number of *all* response tokens of this update, filtered ones
+    too, over all micro-batches and ranks. With average "sequence" (Eq. 6 as printed, and GRPO) a response is divided by its own number
+    of tokens, and their sum by the number of responses.
     """
     rollout, response_mask = batch.rollout, batch.rollout.response_mask
     average, clip_high = cfg.recipe()
-    tokens = distributed.total(int(response_mask[rollout.rows(groups)].sum()))
-    responses = distributed.total(int(response_mask[rollout.rows(groups)].any(dim=1).sum()))
-    needs_logits = response_mask
-    if not cfg.entropy_penalty:  # then a token has a gradient only if the filter keeps it and its advantage is not 0
-        needs_logits = response_mask & (batch.token_mask > 0) & (batch.advantages != 0)[:, None]
+    chosen = response_mask[rollout.rows(groups)]
+    tokens, responses = distributed.total(int(chosen.sum())), distributed.total(int(chosen.any(dim=1).sum()))
+    # (B, T) Tokens without a gradient need no logits. The entropy penalty gives one to every response token.
+    needs_logits = response_mask & (bool(cfg.entropy_penalty) | (batch.token_mask > 0) & (batch.advantages != 0)[:, None])
+    weights = batch.token_mask * needs_logits  # (B, T) m of Eq. 4, and 0 where the log-prob is not computed
     exact = cfg.entropy_penalty > 0 and cfg.entropy_form == "exact"
+    micro_batches = rollout.micro_batches(cfg.tokens_per_batch, [q for q in groups if needs_logits[rollout.rows([q])].any()])
     optimizer.zero_grad()
-    sums = Counter(loss=0.0, kept=0, clipped=0.0, approx_kl=0.0)
-    active = [q for q in groups if needs_logits[rollout.rows([q])].any()]
-    pieces = distributed.passes(engine, list(rollout.micro_batches(cfg.tokens_per_batch, active)), response_mask)
-    for members, rows, real in pieces:  # prompts, their responses, and the response mask of these
-        chosen = needs_logits[rows] & real
-        prompts = [rollout.prompts[q] for q in members]
-        logprobs, entropy = engine(prompts, rollout.response_ids[rows], response_mask[rows], chosen, exact)
-        objective, stats = loss.policy_loss(
-            logprobs, batch.old_logprobs[rows], batch.advantages[rows], real, batch.token_mask[rows] * chosen,
-            cfg.clip_low, clip_high, cfg.dual_clip, average, denominator=tokens if average == "token" else responses,
-        )  # fmt: skip
+    sums = Counter(loss=0.0, tokens=0, clip_fraction=0.0, approx_kl=0.0)
+    for members, rows, counts in distributed.passes(engine, list(micro_batches)):  # prompts, their responses, 1
+        prompts, ids = [rollout.prompts[q] for q in members], rollout.response_ids[rows]
+        logprobs, entropy = engine(prompts, ids, response_mask[rows], needs_logits[rows], exact)
+        value, stats = loss.policy_loss(
+            logprobs, batch.old_logprobs[rows], batch.advantages[rows], response_mask[rows], weights[rows],
+            cfg.clip_low, clip_high, cfg.dual_clip, average, denominator=tokens if average == "token" else responses)  # fmt: skip
         if cfg.entropy_penalty:
-            values = entropy if exact else logprobs
-            objective = objective + cfg.entropy_penalty * loss.entropy_penalty(values, real, cfg.entropy_form, tokens)
-        (objective * distributed.world()).backward()  # engines average gradients over ranks, the objective sums
-        kept = int(chosen.sum())
-        sums["loss"] += objective.item()
-        sums["kept"] += kept
-        sums["clipped"] += stats["clip_fraction"].item() * kept
-        sums["approx_kl"] += stats["approx_kl"].item() * kept
+            terms = entropy if exact else logprobs
+            value = value + cfg.entropy_penalty * loss.entropy_penalty(terms, response_mask[rows], cfg.entropy_form, tokens)
+        (value * counts * distributed.world()).backward()  # distributed: engines take the mean of the ranks' gradients, Eq. 6 the sum
+        n = counts * int(needs_logits[rows].sum())
+        sums.update({name: n * stats[name].item() for name in ("clip_fraction", "approx_kl")}, loss=counts * value.item(), tokens=n)
     sums["grad_norm"] = distributed.clip_gradients(engine, cfg.max_grad_norm)
     sums["skipped"] = int(not math.isfinite(sums["grad_norm"]))  # one bad batch must not turn all weights into NaN
     if not sums["skipped"] and sums["grad_norm"] > 0:  # 0: no token had a gradient, and momentum alone should not move the weights
@@ -231,20 +231,20 @@ def summarise(batch, sums, cfg):
     """The metrics of phases 2 to 4, over all ranks. docs/metrics.md says what each of them means."""
     response_mask = batch.rollout.response_mask
     tokens = distributed.total(int(response_mask.sum()))
-    total = Counter({key: distributed.total(sum(s[key] for s in sums)) for key in ("loss", "kept", "clipped", "approx_kl")})
+    total = {key: distributed.total(sum(s[key] for s in sums)) for key in ("loss", "tokens", "clip_fraction", "approx_kl")}
     metrics = {
         "loss": total["loss"] / len(sums),
         "entropy": distributed.total(batch.entropy.sum().item()) / tokens,
-        "clip_fraction": total["clipped"] / max(1, total["kept"]),
-        "approx_kl": total["approx_kl"] / max(1, total["kept"]),
+        "clip_fraction": total["clip_fraction"] / max(1, total["tokens"]),
+        "approx_kl": total["approx_kl"] / max(1, total["tokens"]),
         "gradient_tokens": distributed.total(int(((batch.token_mask > 0) & response_mask).sum())) / tokens,
         "grad_norm": sum(s["grad_norm"] for s in sums) / len(sums),
         "updates_skipped": sum(s["skipped"] for s in sums),
     }
     if cfg.has("tgf") or cfg.has("tas"):
-        real = response_mask.any(dim=1)
-        means, _ = distributed.join(loss.masked_mean(batch.dependency, response_mask)[real])
-        alpha, _ = distributed.join(batch.alpha[real])
-        metrics |= {"dependency_mean": means.mean().item(), "dependency_std": means.std().item()}
-        metrics |= {"alpha_min": alpha.min().item(), "alpha_max": alpha.max().item()}
+        filled = response_mask.any(dim=1)
+        means, _ = distributed.join(loss.masked_mean(batch.dependency, response_mask)[filled])
+        alpha, _ = distributed.join(batch.alpha[filled])
+        metrics |= {"dependency_mean": means.mean().item(), "dependency_std": means.std().item(),
+                    "alpha_min": alpha.min().item(), "alpha_max": alpha.max().item()}  # fmt: skip
     return metrics

@@ -350,7 +350,7 @@ def main(argv=None):
         raise ValueError(
             f"--seeds must be from 0 to {len(figures.T975) + 1} and --jobs not negative, got {flags.seeds} and {flags.jobs}"
         )
-    flags.output = flags.output or ("runs/quick" if flags.quick else "results")
+    flags.output = flags.output or str(runs.ROOT / ("runs/quick" if flags.quick else "results"))  # from whatever folder it is called
     folder = Path(flags.output) / "runs"
     if flags.list:
         return listing(names, flags, folder)

@@ -138,29 +138,31 @@ def compared(result):
     ]  # fmt: skip
 
 
-def decided(result):
-    """The comparisons of a page whose interval does not contain 0, in words."""
+def decided(cell):
+    """A cell's comparison in words if its interval does not contain 0, else nothing."""
+    mean, half, paper = (cell.get(key) for key in ("difference", "difference_half", "published_difference"))
+    if half is None or abs(mean) <= half:
+        return ""
+    said = number(paper, "+.1f") or side(cell["published"])
+    return f"{cell['label']} - {cell['reference']}: {mean:+.1f} +- {half:.1f}" + f" (paper {said})" * bool(said)
+
+
+def scores(result, link):
+    """The rows of a page in short: label, mean and interval, the paper's number, and the comparison if it is decided."""
+    rows = []
     for cell in result["cells"]:
-        mean, half, paper = (cell.get(key) for key in ("difference", "difference_half", "published_difference"))
-        if half is not None and abs(mean) > half:
-            said = number(paper, "+.1f") or side(cell["published"])
-            yield f"{cell['label']} - {cell['reference']}: {mean:+.1f} +- {half:.1f}" + f" (paper {said})" * bool(said)
-
-
-def score(cell):
-    """A cell in short: label, mean and interval, the paper's number in brackets."""
-    paper = "" if cell["published"] in (None, "<", ">") else f" ({number(cell['published'])})"
-    return f"{cell['label']} {cell['mean']:.1f} +- {cell['half'] or 0:.1f}{paper}"
+        paper = "" if cell["published"] in ("<", ">") else number(cell["published"])
+        start = ["", ""] if rows else [link, str(result["seeds"])]
+        rows.append([*start, cell["label"], f"{cell['mean']:.1f} +- {cell['half'] or 0:.1f}", paper, decided(cell)])
+    return rows
 
 
 def overview(results):
     """One page over all results: their scores in short, then every comparison whose direction the paper states."""
     link = {r["name"]: f"[{r['name']}]({r['name']}.md)" for r in results}
-    scores = grid(
-        ["page", "question", "seeds", "here (paper), %", "decided"],
-        [[link[r["name"]], r["title"], str(r["seeds"]), "; ".join(map(score, r["cells"])), "; ".join(decided(r)) or "nothing"]
-         for r in results if "avg@8" in r["unit"]],
-    )  # fmt: skip
+    short = [row for r in results if "avg@8" in r["unit"] for row in scores(r, link[r["name"]])]
+    table = grid(["page", "seeds", "", "here, %", "paper, %", "decided difference"], short)
+    titles = "\n".join(f"* {link[r['name']]}: {r['title']}" for r in results)
     rows = [[link[r["name"]], str(r["seeds"]), *row] for r in results for row in compared(r) if row[-1]]
     ends = [row[-1] for row in rows]
     counts = ", ".join(f"{end}: {ends.count(end)}" for end in ("holds", "does not hold", "undecided"))
@@ -168,9 +170,14 @@ def overview(results):
 
     python -m lab.experiments all
 
-Mean and 95 % interval over seeds, the paper's number in brackets; then the differences, paired by seed, that an interval decides.
+{titles}
 
-{scores}
+## Scores
+
+Mean held-out avg@8 and its 95 % interval over seeds, then the paper's number. Differences are paired by seed. One is shown where
+its interval does not contain 0, which decides its sign.
+
+{table}
 ## Does the direction of the paper hold?
 
 {len(rows)} comparisons paired by seed, with 95 % intervals: {counts}. An interval decides that does not contain 0; \
@@ -186,13 +193,15 @@ def markdown(result):
     text += f"{result['seeds']} seed(s); 95 % intervals by Student's t over seeds. "
     text += f"Records made at commit {', '.join(result['commits'])}. "
     text += f"Base: {result['base']}.\n" + (f"\n{result['note']}\n" if result["note"] else "") + "\n"
-    head = ["", unit, "mean over the validation curve", "responses that read nothing, %", "+- within a run, by prompt",
-            "seconds a run", "paper"]  # fmt: skip
+    head = ["", unit, "mean over the curve", "read nothing, %", "+- within a run",
+            "seconds", "paper"]  # fmt: skip
     text += grid(
         head,
         [[c["label"], spread(c["mean"], c["half"]), spread(c["curve"], c["curve_half"]),
           spread(c["blind"], c["blind_half"]), number(c["within"], ".2g"), number(c["seconds"], ".0f"), number(c["published"])] for c in cells],
     )  # fmt: skip
+    if any(c["curve"] is not None for c in cells):
+        text += "\nThe curve is that of validation. A response that reads nothing names no digit. Within a run, the prompt is the unit.\n"
     if pairs := compared(result):
         text += "\nPaired by seed:\n\n" + grid(["", *PAIRED], pairs)
     for label, sample in result["samples"]:

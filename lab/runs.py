@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -156,7 +157,7 @@ def rounded(value):
     return None if value is None else float(f"{value:.5g}")
 
 
-def train(cfg, credit):
+def train(cfg, credit=modulate):
     """The loop of train.py without its files: steps, validation at fixed steps, held-out handwriting once, at the end."""
     policy = start(cfg)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -180,7 +181,7 @@ def train(cfg, credit):
     }  # fmt: skip
 
 
-def overhead(cfg, credit):
+def overhead(cfg, credit=modulate):
     """Seconds of DAPO and VPPO steps in turn, the same model (lr 0) and the same responses for both."""
     policy = start(cfg)
     optimizer = torch.optim.AdamW(policy.parameters())
@@ -294,3 +295,7 @@ def measure_dependency(cfg, credit=None, draws=8):
 
 
 KINDS = {"train": train, "overhead": overhead, "dependency": measure_dependency}
+
+
+if __name__ == "__main__":
+    sys.exit("lab.runs is no program: python -m lab.experiments NAME makes the runs of a table or figure")

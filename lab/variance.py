@@ -230,7 +230,7 @@ def main(argv=None):
     cfg.prompts, cfg.steps = (4, 4) if cfg.quick else (cfg.prompts, cfg.steps)
     if min(cfg.prompts, cfg.steps) < 2:
         raise ValueError(f"--prompts and --steps must be at least 2, got {cfg.prompts} and {cfg.steps}")
-    output, results = Path(cfg.output or ("runs/variance-quick" if cfg.quick else "results")), {}
+    output, results = Path(cfg.output or runs.ROOT / ("runs/variance-quick" if cfg.quick else "results")), {}
     output.mkdir(parents=True, exist_ok=True)
     commit = runs.commit()
     parts = ["# Theorem 3.1 against measured gradients", f"    {' '.join(['python -m lab.variance', *argv])}"]

@@ -76,7 +76,8 @@ WORDS = "user assistant system you are a helpful what is the digit answer in fir
 def tokenizer_of(tokens, rows=False):
     """A vocabulary of some words, the family's special tokens as attributes of the tokenizer."""
     tokens = tokens | {"turn_token": "<turn>"}
-    if rows:
+    if rows:  # Idefics3's processor adds the first of these to a tokenizer that lacks it, beyond the model's vocabulary
+        tokens |= {"utterance_token": "<end_of_utterance>"}
         tokens |= {f"row_{row}_col_{col}": f"<row_{row}_col_{col}>" for row in range(1, 5) for col in range(1, 5)}
     vocabulary = ["<pad>", "<end>", "<unk>", *tokens.values(), " ", "\n", "\n\n", "\\boxed{", *WORDS, *(" " + word for word in WORDS)]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))

@@ -1,6 +1,7 @@
 """The eight benchmarks: rows in their columns become examples, from parquet and folders; bad rows; the table of results."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 import benchmarks
 import data
 import eval as evaluation
+import reward
 from benchmarks import BENCHMARKS, PUBLISHED, Rows, as_letter, load, named, with_options, write
 from config import Config
 from laptop import tiny
@@ -133,7 +135,7 @@ def test_what_the_policy_sees(raw_policy):
         ("mmk12", {"answer": None}, "mmk12[0]: no answer"),
         ("mmk12", {"image": None}, "mmk12[0]: no image"),
         ("mmk12", {"image": "a/b.png"}, "mmk12[0]: no image"),
-        ("mmk12", {"image": {"bytes": b"no picture"}}, "mmk12[0]: cannot identify image file"),
+        ("mmk12", {"image": {"bytes": b"no picture"}}, "mmk12[0]: image does not open (cannot identify image file)"),
         ("wemath", {"option": "4 or 5"}, "wemath[0]: no options in '4 or 5'"),
         ("wemath", {"answer": "E"}, "wemath[0]: the answer 'E' is neither a letter from A to C"),
     ],
@@ -260,8 +262,53 @@ def test_damaged_pixels_name_the_row(datasets, tmp_path):
     features = datasets.Features({key: datasets.Value("string") for key in rows[0]} | {"image": datasets.Image()})
     (tmp_path / "copy").mkdir()
     datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "copy" / "a.parquet"))
-    with pytest.raises(ValueError, match=r"^mmk12\[1\]: cannot identify image file"):
+    with pytest.raises(ValueError, match=r"^mmk12\[1\]: image does not open \(cannot identify image file\)"):
         load("mmk12", str(tmp_path / "copy"))[1]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "image feature", "path", "address", "folder"])
+def test_no_image_reaches_an_external_program(kind, datasets, tmp_path, monkeypatch):
+    """Pillow gives EPS files to Ghostscript, and `datasets` opens whatever Pillow does, from wherever a path points."""
+    import pyarrow
+    from pyarrow import parquet
+
+    def refuse(event, arguments):
+        if watching and event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect"):
+            started.append((event, arguments))
+
+    watching, started = [], []
+    sys.addaudithook(refuse)
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    drawing = folder / "0.eps"
+    RED.save(drawing, "EPS")
+    row = rows_of("logicvista")[0]
+    entry = {"bytes": drawing.read_bytes(), "path": "0.png"}
+    if kind in ("path", "address"):
+        entry = {"bytes": None, "path": str(drawing) if kind == "path" else "http://localhost:9/0.eps"}
+    if kind == "folder":
+        line = {"file_name": "0.eps"} | {key: row[key] for key in ("question", "answer")}
+        (folder / "metadata.jsonl").write_text(json.dumps(line))
+    elif kind == "bytes":
+        parquet.write_table(pyarrow.Table.from_pylist([row | {"image": entry}]), folder / "a.parquet")
+    else:
+        features = {key: datasets.Value("string") for key in row} | {"image": datasets.Image()}
+        table = datasets.Dataset.from_list([row | {"image": entry}], features=datasets.Features(features))
+        parquet.write_table(table.with_format("arrow")[:], folder / "a.parquet")  # to_parquet would follow the path
+    if kind not in ("folder", "path"):
+        drawing.unlink()
+    program = tmp_path / "bin" / "gs"  # what Pillow looks for
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho started > {tmp_path / 'started'}\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    watching.append(True)
+    reason = "image .* does not exist" if kind == "address" else r"image.* does not open \(cannot identify image file"
+    with pytest.raises(ValueError, match=r"^logicvista\[0\]: " + reason):
+        load("logicvista", str(folder))[0]
+    watching.clear()
+    assert not started and not (tmp_path / "started").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,7 +358,7 @@ def test_the_command(datasets, tmp_path, start, monkeypatch, capsys):
     for name in ("geo3k", "wemath", "mmmu_pro"):
         write_parquet(datasets, rows_of(name), tmp_path / "sets" / name / "a.parquet")
     truths = {"6 \\sqrt { 3 }": 1.0, "2": 0.0, "B": 1.0, "A": 1.0}
-    monkeypatch.setattr(evaluation.reward, "grade", lambda text, truth, grader: truths[truth])
+    monkeypatch.setattr(reward, "grade", lambda text, truth, grader: truths[truth])
     flags = f"--model {start} --benchmark mmmu_pro,geo3k,wemath --data {tmp_path / 'sets'} --output {tmp_path / 'out'}"
     report = ["--report", str(tmp_path / "page.html")]
     evaluation.main([*flags.split(), "--samples", "2", "--max_new_tokens", "3", "--prompts", "0", *report])

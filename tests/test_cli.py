@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import zlib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ import eval as evaluation
 import model
 import reward
 import train
-from config import METHODS, Config, output_folder, parse
+from config import METHODS, RANGES, Config, check_fields, command_line, output_folder, parse
 from laptop import digits, tiny
 
 ROOT = Path(train.__file__).parent
@@ -193,7 +195,7 @@ def test_switched_off_evaluation_and_checkpoints(start, workplace, some_right):
     off = "--steps 1 --eval_every 0 --save_every 0 --test_prompts 0".split()
     folder, summary = run(start, "--output", "out", *off)
     left = {path.name for path in folder.iterdir()} - {"curves.png"}  # where matplotlib is installed
-    assert left == {"config.json", "metrics.jsonl", "samples.jsonl", "summary.json"}
+    assert left == {".lock", "config.json", "metrics.jsonl", "samples.jsonl", "summary.json"}
     assert not any("_at_" in key for key in summary)
 
 
@@ -266,16 +268,16 @@ def test_a_runs_own_config_repeats_it(workplace):
         ("--mask stripes", "--mask 'stripes' is unknown"),
         ("--dtype float16", "--dtype"),
         ("--grader kind", "--grader 'kind' is unknown"),
-        ("--k 0", r"--k must be in \(0, 1\], got 0"),
-        ("--k 1.5", r"--k must be in \(0, 1\], got 1.5"),
+        ("--k 0", "--k must be from 0.0001 to 1, got 0"),
+        ("--k 1.5", "--k must be from 0.0001 to 1, got 1.5"),
         ("--k nan", "--k must be"),
-        ("--group_size 1", "--group_size must be at least 2"),
+        ("--group_size 1", "--group_size must be from 2"),
         ("--beta_min 1.2 --beta_max 1.1", "--beta_min 1.2 exceeds --beta_max 1.1"),
         ("--beta_min 1.2", "--beta_min must be in"),
-        ("--temperature 0", "--temperature must be positive"),
+        ("--temperature 0", "--temperature must be from 0.01"),
         ("--top_p 0", "--top_p"),
-        ("--steps -1", "--steps must not be negative"),
-        ("--max_new_tokens 0", "--max_new_tokens must be at least 1"),
+        ("--steps -1", "--steps must be from 0"),
+        ("--max_new_tokens 0", "--max_new_tokens must be from 1"),
         ("--updates_per_rollout 3", "--updates_per_rollout 3 exceeds --prompts_per_step 2"),
         ("--data nowhere", "data 'nowhere' is unknown"),
         ("--model here", "'here' has no config.json"),
@@ -287,17 +289,63 @@ def test_a_runs_own_config_repeats_it(workplace):
         ("--config broken.json", "broken.json cannot be read"),
         ("--config unknown.json", "unknown.json has unknown fields: learning_rate"),
         ("--config method.json", "--method 'ppo' is unknown"),
+        ("--config=", "--config '' cannot be read: it is no file"),
+        ("--config pipe", "--config pipe cannot be read: it is no file"),
+        ("--config deep.json", "deep.json cannot be read: maximum recursion depth"),
+        ("--config null.json", "null.json: steps cannot be null: leave it out for its default"),
+        ("--config list.json", r"list.json: data cannot be \[1\]: leave it out"),
+        ("--config twice.json", "twice.json cannot be read: 'lr' stands in it twice"),
+        ("--config binary.json", "binary.json cannot be read: .*codec can't decode"),
+        ("--step 1", "unrecognized arguments: --step 1"),
+        ("--output a\udcffb", r"--output 'a\\udcffb' is no text in UTF-8"),
+        ("--config zero.json", r"--output 'a\\x00b' is no text in UTF-8"),
+        ("--data=", "--data '' is unknown"),
     ],
 )
 def test_bad_input_of_training(flags, message, start, workplace):
     for name in ("here", "held"):
         (workplace / name).mkdir()
     (workplace / "held" / "config.json").write_text("{}")
+    os.mkfifo("pipe")
+    Path("binary.json").write_bytes(b'{"model": "\xff"}')
+    texts = {"deep.json": 10**5 * '{"a":', "null.json": '{"beta_max": null, "steps": null}', "list.json": '{"data": [1]}',
+             "twice.json": '{"lr": 1e-3, "k": 0.5, "lr": 1e-4}', "zero.json": '{"output": "a\\u0000b"}'}  # fmt: skip
+    for name, text in texts.items():
+        Path(name).write_text(text)
     for name, text in {"broken.json": "{", "unknown.json": '{"learning_rate": 1}', "method.json": '{"method": "ppo"}', "file.txt": ""}.items():
         (workplace / name).write_text(text)
     with pytest.raises(ValueError, match=message) as error:
         run(start, *flags.split())
     assert "\n" not in str(error.value)
+
+
+def numeric(config):
+    """The fields of a config dataclass that are numbers, with their types."""
+    types = {field.name: field.type for field in fields(config)}
+    return {name: int if kind is int else float for name, kind in types.items() if kind in (int, float, float | None)}
+
+
+@pytest.mark.parametrize("config", [Config, evaluation.EvalConfig])
+def test_every_number_has_a_range_and_its_ends_are_allowed(config):
+    """Bad values are drawn from the type of each flag: beside both ends, far out, and what is no number."""
+    assert set(numeric(config)) <= set(RANGES)
+    for name, kind in numeric(config).items():
+        low, high = RANGES[name]
+        for end in (low, high):
+            check_fields(config(**{name: kind(end)}))
+        if kind is int:
+            bad = [low - 1, high + 1, -(10**30), 2**63, 2**64, 10**30]
+        else:
+            bad = [math.nan, math.inf, -math.inf, math.nextafter(low, -1), math.nextafter(high, math.inf), -1.0, 1e300]
+        for value in bad:
+            cfg = command_line(config, "").parse_args([f"--{name}={value}"])
+            with pytest.raises(ValueError, match=f"^--{name} must be from .* to .*, got ") as error:
+                check_fields(cfg)
+            assert "\n" not in str(error.value)
+
+
+def test_every_range_belongs_to_a_flag():
+    assert set(RANGES) == set(numeric(Config)) | set(numeric(evaluation.EvalConfig))
 
 
 @pytest.mark.parametrize("flags", ["--no_such_flag 1", "--k much", "--steps 1.5"])
@@ -318,11 +366,15 @@ def test_math_verify_is_not_installed(start, workplace, monkeypatch):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--samples 0", "--samples must be at least 1"),
+        ("--samples 0", "--samples must be from 1"),
+        ("--temperature nan", "--temperature must be from 0.01"),
+        ("--responses_at_once 0", "--responses_at_once must be from 1"),
+        ("--seed 18446744073709551616", "--seed must be from 0"),
+        ("--prompt 3", "unrecognized arguments: --prompt 3"),
         ("--dtype int8", "--dtype 'int8' is unknown"),
         ("--data nowhere", "data 'nowhere' is unknown"),
         ("--split dev", "no split 'dev'"),
-        ("--grader kind", "unknown grader 'kind'"),
+        ("--grader kind", "--grader 'kind' is unknown"),
         ("--model ./missing", "model './missing' is neither"),
         ("--max_prompt_tokens 9", "exceeds --max_prompt_tokens 9"),
     ],
@@ -352,3 +404,16 @@ def test_one_line_on_stderr(command, message, workplace):
     done = subprocess.run([sys.executable, ROOT / script, *flags], capture_output=True, text=True)
     assert done.returncode != 0 and message in done.stderr
     assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("dryrun.py nope", "dryrun.py: unrecognized arguments: nope"),
+        ("data.py digits", "data.py is no program: python train.py --data DATA --dry_run checks a data set"),
+        ("-m lab.runs table2", "lab.runs is no program: python -m lab.experiments NAME"),
+    ],
+)
+def test_what_is_no_program_says_so(command, message):
+    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.startswith(message) and done.stderr.count("\n") == 1 and not done.stdout

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from config import Config, check
 from data import load_data, open_image, resize
 from laptop import tiny
 from laptop.digits import Digits
-from prompts import encode, example_at, fetch, first_prompt, usable
+from prompts import Example, encode, example_at, fetch, first_prompt, row_at, usable
 from vppo import train_step
 
 
@@ -205,7 +206,7 @@ def test_resizing_is_bicubic_and_comes_before_the_masks(tmp_path):
     stored = [{"images": [Image.new("RGB", (40, 30))], "problem": "p", "answer": "1"}]
     assert benchmarks.Rows("geo3k", stored, "", (120_000, 0))[0].images[0].size == (400, 300)
     for limits in ({"min_pixels": -1}, {"max_pixels": -1}, {"min_pixels": 2, "max_pixels": 1}):
-        with pytest.raises(ValueError, match="--min_pixels .* --max_pixels"):
+        with pytest.raises(ValueError, match="--m.._pixels .*(must be from 0|are no range)"):
             check(Config(**limits))
 
 
@@ -269,14 +270,14 @@ def test_a_bad_row_is_named_or_skipped(tmp_path, bad, message, reader):
             load(folder)  # before any model is loaded
     left_out = {"prompts_too_long": [], "bad_rows": []}
     cfg = Config(skip_bad_rows=True)
-    found = usable(reader, load_data(str(folder), "train", cfg).__getitem__, range(3), cfg, left_out)
+    found = usable(reader, load_data(str(folder), "train", cfg), range(3), cfg, left_out)
     assert [i for i, _, _ in found] == [0, 2] and not left_out["prompts_too_long"]
     (sentence,) = left_out["bad_rows"]
     assert "\n" not in sentence and sentence.startswith(f"{folder}/metadata.jsonl, line 2: ")
     if (bad, message) in BAD_PICTURES:
         dataset = load(folder)  # pixels are not read yet
         with pytest.raises(ValueError, match=rf"metadata\.jsonl, line 2: .*{message}") as error:
-            usable(reader, dataset.__getitem__, range(3), Config(), left_out)
+            usable(reader, dataset, range(3), Config(), left_out)
         assert str(error.value) == sentence
 
 
@@ -355,7 +356,8 @@ WORKER = """
 import sys
 from types import SimpleNamespace
 sys.path[:0] = [{root!r}, {tests!r}]
-import distributed, tiny
+import distributed
+from laptop import tiny
 from test_data import collected
 distributed.start()
 found = distributed.gather(collected(SimpleNamespace(processor=tiny.build_processor())))
@@ -370,7 +372,7 @@ def collected(reader):
     import distributed
 
     image = Image.new("RGB", (28, 28))
-    examples = [data.Example([image], "what is it ? " * (20 if i in LONG else 1), str(i), f"row {i}") for i in range(12)]
+    examples = [Example([image], "what is it ? " * (20 if i in LONG else 1), str(i), f"row {i}") for i in range(12)]
     position, everything = 0, []
     quota = len(range(distributed.rank(), LIMIT.prompts_per_step, distributed.world()))
     for step in range(4):
@@ -393,10 +395,10 @@ def test_the_first_prompt_that_can_be_used(reader, tmp_path):
     rows = [row(problem="what is it ? " * 20), row(file_name="gone.png"), row(problem="what ?"), row()]
     cfg = Config(max_prompt_tokens=40, instruction="", skip_bad_rows=True)
     dataset = load_data(str(write_folder(tmp_path, rows)), "train", cfg)
-    prompt = first_prompt(reader, dataset.__getitem__, range(4), cfg)
+    prompt = first_prompt(reader, dataset, range(4), cfg)
     assert prompt["input_ids"].tolist() == encode(reader.processor, dataset[2], cfg.system_prompt)["input_ids"].tolist()
     with pytest.raises(ValueError, match="none of the first 2 prompts can be used, among them .*line 1"):
-        first_prompt(reader, dataset.__getitem__, range(2), cfg)
+        first_prompt(reader, dataset, range(2), cfg)
 
 
 def test_ranks_share_the_same_prompts(reader, tmp_path):
@@ -408,7 +410,7 @@ def test_ranks_share_the_same_prompts(reader, tmp_path):
 
 
 def test_prompts_that_are_all_too_long_end_the_run(reader):
-    cfg, left_out = Config(max_prompt_tokens=3, prompts_per_step=4), {"prompts_too_long": [], "bad_rows": []}
+    cfg, left_out = Config(max_prompt_tokens=5, prompts_per_step=4), {"prompts_too_long": [], "bad_rows": []}
     with pytest.raises(ValueError, match=r"not one in ten can be used, among them digits train\[\d+\]: prompt of \d+ tokens"):
         fetch(reader, Digits("train"), cfg, 0, 4, left_out)
 
@@ -424,6 +426,47 @@ def test_evaluation_leaves_out_and_says_so(policy, tmp_path):
     cfg.max_prompt_tokens = 3
     with pytest.raises(ValueError, match="no prompt to evaluate is left: .*line 1: prompt of"):
         evaluation.evaluate(policy, dataset, cfg, 0, 2)
+
+
+def test_bad_rows_are_named_once_and_all_of_them_end_the_run_at_once(tmp_path, reader, capsys):
+    folder = write_folder(tmp_path, [row(), row(file_name="no.png"), row(answer="")])
+    cfg = Config(skip_bad_rows=True, instruction="", prompts_per_step=4)
+    dataset, left_out = load_data(str(folder), "train", cfg), {"prompts_too_long": [], "bad_rows": []}
+    found, position = fetch(reader, dataset, cfg, 0, 4, left_out)
+    assert len(found) == 4 and 10 <= position <= 12 and len(left_out["bad_rows"]) == position - 4  # counted each time
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and {line.split(",")[1][:7] for line in lines} == {" line 2", " line 3"}
+    (folder / "a.png").write_bytes(b"no picture")
+    dataset = load_data(str(folder), "train", cfg)
+    rows = (row_at(dataset, p, 0) for p in range(1000))
+    with pytest.raises(ValueError, match="none of the first 3 prompts can be used, among them .*, line") as error:
+        first_prompt(reader, dataset, rows, cfg)
+    assert len(capsys.readouterr().err.splitlines()) == 3 and "\n" not in str(error.value)
+
+
+def test_a_row_is_read_no_more_when_it_has_been_found_too_long(tmp_path, reader, monkeypatch):
+    folder = write_folder(tmp_path, [row(), row(problem="what is it ? " * 200)])
+    limit = replace(LIMIT, instruction="")
+    dataset, opened = load_data(str(folder), "train", limit), []
+    original = data.open_image
+    monkeypatch.setattr(data, "open_image", lambda *words: opened.append(words) or original(*words))
+    left_out = {"prompts_too_long": [], "bad_rows": []}
+    fetch(reader, dataset, limit, 0, 5, left_out)
+    assert len(opened) == 6 and len(left_out["prompts_too_long"]) > 1
+
+
+def test_a_text_of_megabytes_is_not_cut_into_tokens(reader, monkeypatch):
+    monkeypatch.setattr("prompts.encode", None)
+    example = Example([Image.new("RGB", (28, 28))], "word " * 200_000, "1", "set, line 7")
+    left_out = {"prompts_too_long": [], "bad_rows": []}
+    assert usable(reader, [example], [0], Config(), left_out) == []
+    assert left_out["prompts_too_long"] == ["set, line 7: problem of 1,000,000 letters exceeds --max_prompt_tokens 4096"]
+
+
+def test_a_line_of_a_hundred_megabytes(tmp_path):
+    folder = write_folder(tmp_path, [row(), row(problem="x" * 20_000_000)])
+    with pytest.raises(ValueError, match="metadata.jsonl, line 2: longer than 16,000,000 bytes"):
+        load(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -532,9 +575,9 @@ def test_a_bad_row_of_a_table_is_named_or_skipped(images, answer, message, strea
     left_out = {"prompts_too_long": [], "bad_rows": []}
     with pytest.raises(ValueError, match=rf"t\.parquet train\[1\]: .*{message}") as error:
         dataset = load_data(str(tmp_path / "t.parquet"), "train", Config(streaming=streaming), 0)
-        usable(reader, dataset.__getitem__, range(3), Config(), left_out)
+        usable(reader, dataset, range(3), Config(), left_out)
     cfg = Config(skip_bad_rows=True, streaming=streaming)
-    found = usable(reader, load_data(str(tmp_path / "t.parquet"), "train", cfg, 0).__getitem__, range(3), cfg, left_out)
+    found = usable(reader, load_data(str(tmp_path / "t.parquet"), "train", cfg, 0), range(3), cfg, left_out)
     assert [example.answer for _, example, _ in found] == ["0", "2"] and left_out["bad_rows"] == [str(error.value)]
 
 
@@ -600,7 +643,7 @@ def test_a_stream_that_breaks_off_is_no_bad_row(datasets, tmp_path, reader):
     assert dataset.where(4) == f"{name} train, row 4 of the shuffled stream"
     name.unlink()
     with pytest.raises(OSError, match=f"data '{name}' cannot be read"):
-        usable(reader, dataset.__getitem__, [0], cfg, {"prompts_too_long": [], "bad_rows": []})
+        usable(reader, dataset, [0], cfg, {"prompts_too_long": [], "bad_rows": []})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import model
 from checkpoint import every
 from laptop import digits, tiny
 from model import Policy
-from prompts import encode
+from prompts import encode, row_at
 from rollout import generate
 from vppo import Batch
 
@@ -124,3 +124,36 @@ def test_a_dead_rank(restarts, tiny_folder, tmp_path):
     else:
         assert code != 0
         assert not (tmp_path / "out" / "summary.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
+# ---------------------------------------------------------------------------------------------------------------------
+def said(done):
+    """What our code wrote to stderr before torchrun's report of the failure; torch's own warnings start with [rank0] or the like."""
+    lines = done.stderr.splitlines()
+    report = next(i for i, line in enumerate(lines) if "torch/distributed/elastic/" in line)
+    return [line for line in lines[:report] if not line.startswith("[rank")]
+
+
+def test_a_bad_flag_is_said_once(tmp_path):
+    done = torchrun(2, ROOT / "train.py", "--lr", "nan", "--output", tmp_path / "out")
+    assert done.returncode and said(done) == ["train.py: --lr must be from 1e-12 to 1, got nan"]
+    assert done.stderr.count("--lr must be") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_broken_picture_of_one_rank_is_said_once_and_the_work_is_saved(tiny_folder, tmp_path):
+    rows = []
+    for i in range(8):
+        example = digits.Digits("train")[i]
+        example.images[0].save(tmp_path / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "problem": example.problem, "answer": example.answer}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    bad = row_at(range(8), 5, 0)  # two prompts a step, one a rank: rank 1 meets it in the third step
+    (tmp_path / f"{bad}.png").write_bytes(b"no picture")
+    flags = f"--data {tmp_path} --instruction= --method grpo --prompts_per_step 2 --max_new_tokens 24 --steps 4 --eval_every 0 --test_prompts 0"
+    done = torchrun(2, ROOT / "train.py", "--model", tiny_folder, *flags.split(), "--save_every", 0, "--output", tmp_path / "out")
+    sentence = f"train.py: {tmp_path}/metadata.jsonl, line {bad + 1}: image '{bad}.png' does not open"
+    assert done.returncode and len(said(done)) == 1 and said(done)[0].startswith(sentence), done.stderr[-3000:]
+    assert done.stderr.count("does not open") == 1 and "the work before this fault is saved" in done.stdout
+    assert [path.name for path in every(tmp_path / "out")] == ["step-000002"]

@@ -21,6 +21,7 @@ from PIL import Image
 
 import train
 import vppo
+from config import Config
 from data import Example
 
 ROOT = Path(vppo.__file__).parent
@@ -152,7 +153,7 @@ def test_the_readmes_commands_can_be_copied():
             assert not re.search(r"\S[ \t]+#", block), block
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith("results/")])  # those are written by lab/
+@pytest.mark.parametrize("page", PAGES)
 def test_no_table_row_is_too_wide(page):
     assert [line for line in (ROOT / page).read_text().splitlines() if line.startswith("|") and len(line) > 160] == []
 
@@ -182,8 +183,8 @@ def test_recipes_are_handed_to_the_training_step(recipes):
 def test_the_reward_mask_and_metric(recipes):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (28, 84, 3), dtype=np.uint8))
     example = Example([image], "what is 3 + 4 ?", "7")
-    assert recipes["reward"]("so \\boxed{7}", example, None) == 1.0
-    assert recipes["reward"]("so \\boxed{8}", example, None) == recipes["reward"]("7" * 300, example, None) == 0.0
+    assert recipes["reward"]("so \\boxed{7}", example, Config()) == 1.0
+    assert recipes["reward"]("so \\boxed{8}", example, Config()) == recipes["reward"]("7" * 300 + "\\boxed{7}", example, Config()) == 0.0
 
     masked = recipes["mask_image"](image, np.random.default_rng(0))
     assert masked.size == image.size and masked.mode == image.mode and np.any(np.asarray(masked) != np.asarray(image))

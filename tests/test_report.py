@@ -15,6 +15,7 @@ import loss
 import model
 import prompts
 import report
+import reward
 from laptop import tiny
 from laptop.digits import Digits
 from prompts import Example
@@ -44,7 +45,7 @@ def boxes(*answers):
     ],
 )
 def test_majority_by_hand(answers, right, expected):
-    rewards = [evaluation.reward.grade(text, right) for text in boxes(*answers)]
+    rewards = [reward.grade(text, right) for text in boxes(*answers)]
     assert evaluation.majority(boxes(*answers), rewards) == pytest.approx(expected)
 
 
@@ -145,8 +146,8 @@ def test_shades_and_boxes_are_the_methods_own(policy, made):
             assert [kept for _, _, kept in row] == loss.token_filter(S, rollout.response_mask)[0].tolist()
             means.append(S.mean())
     alpha = loss.shaping_factors(torch.stack(means))  # over all responses of the page
-    for i, (reward, advantage, factor, mean) in enumerate(facts):
-        assert float(reward) == i % 2 and float(advantage) == pytest.approx(0.7071 * (2 * (i % 2) - 1), abs=0.006)
+    for i, (shown, advantage, factor, mean) in enumerate(facts):
+        assert float(shown) == i % 2 and float(advantage) == pytest.approx(0.7071 * (2 * (i % 2) - 1), abs=0.006)
         assert float(factor) == pytest.approx(alpha[i].item(), abs=0.006)
         assert float(mean) == pytest.approx(means[i].item(), rel=0.02)
     assert len(facts) == 4

@@ -1,12 +1,12 @@
 """The grader: pairs that are equal, pairs that are not, where the answer is found, and text written to break it."""
 
-import os
 import random
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -46,7 +46,8 @@ EQUAL = [
     # degrees and other units
     ("30^\\circ", "30^{\\circ}"), ("30\u00b0", "30^\\circ"), ("30\\degree", "30\u00b0"),
     ("30.0^{\\circ}", "30.0 ^ \\circ"), ("25\\text{cm}^2", "25cm^{2}"),
-    ("25\\text{ cm}^2", "25 cm^{2}"), ("10\\ \\mathrm{m/s}", "10 m/s"), ("5\\,\\text{cm}", "5 cm"),
+    ("25\\text{ cm}^2", "25 cm^{2}"), ("12 \\text{cm}^2", "12cm^{2}"), ("12cm\u00b2", "12 \\mathrm{cm}^2"), ("5 cm", "5cm"), ("2 x", "2x"),
+    ("10\\ \\mathrm{m/s}", "10 m/s"), ("5\\,\\text{cm}", "5 cm"),
     ("20\u00b0C", "20^\\circ C"), ("5\\text{ cm}", "5~cm"),
     # intervals, inequalities, sets
     ("(-\\infty,2]", "(-\\infty, 2]"), ("(0,\u221e)", "(0, \\infty)"), ("(-\\infty,\\frac12)", "(-\\infty,0.5)"),
@@ -91,9 +92,26 @@ GENEROUS = [
     ("2\\times 10^3", "2000"), ("\\log_2 8", "3"),
     ("1/2/3", "1/6"), ("x>2", "2<x"), ("[1,2]\\cup[3,4]", "[3,4]\\cup[1,2]"), ("1:2", "2:4"),
     ("\\pi/2", "\\frac{\\pi}{2}"), ("8 \\sqrt{2}", "\\sqrt{128}"),
-    ("x=5", "5"), ("5 cm", "5"), ("5 cm", "5 mm"), ("30^\\circ", "30"), ("50%", "50"), ("2,1", "1,2"),
-    ("\\{1,2\\}", "1,2"), ("2A", "2a"), ("\\Delta", "\\delta"),
-    ("\\pi r", "\\pir"), ("\\frac125", "1/25"), ("0.30000000000000004", "0.3"), ("0.3333333", "1/3"),
+    ("x=5", "5"), ("5", "x=5"), ("\\angle ABC = 30^\\circ", "30"), ("f(x)=3", "3"), ("x_1=1, x_2=2", "1,2"), ("5 cm", "5"), ("5\\text{ cm}^2", "5"),
+    ("30^\\circ", "30"), ("30", "30^\\circ"), ("2,1", "1,2"), ("1:2", "2:4"), ("\\{1,2\\}", "1,2"), ("2A", "2a"), ("\\Delta", "\\delta"),
+    ("\\frac125", "1/25"), ("0.30000000000000004", "0.3"), ("0.3333333", "1/3"), ("bc+ab", "ab+bc"), ("\\sum_{n=1}^{5} n", "15"), ("AC and BD", "BD and AC"),
+    ("1+2x=y", "y=2x+1"), ("\\frac{\\sqrt{4}}{4} \\text{ apples}", "\\frac12 \\text{ apples}"),
+]  # fmt: skip
+# What the math-verify package overlooks or takes for equal, and we do not.
+EXPLOITS = [
+    # chains: of all that was tried, the last would count
+    ("4=3", "3"), ("1=2=3", "3"), ("x=4=3", "3"), ("x=y=3", "3"), ("x=4=3", "x=3"), ("2+2=3", "3"), ("((=(=3", "3"), ("1=1,2=2", "1,2"),
+    ("3 \\approx 4", "3"), ("3 \u2248 4", "3"), ("4 \\equiv 3", "3"), ("4 \u2261 3", "3"), ("3 \\mod 4", "3"), ("x \\not= 3", "3"), ("x!=3", "3"),
+    # a base, a percent sign, quotation marks
+    ("3_4", "3"), ("3_{4}", "3"), ("(3)_4", "3"), ("3_\\alpha", "3"), ("3\\%", "3"), ("3", "3\\%"), ("50%", "50"), ("50", "50\\%"), ("3'", "3"),
+    # words and units of another kind
+    ("3 \\text{ apples}", "3"), ("3 apples", "3"), ("3", "3 \\text{ apples}"), ("3 \\text{ pears}", "3 \\text{ apples}"), ("3rd", "3"), ("3\\mathrm{th}", "3"),
+    ("5 cm", "5 mm"), ("5", "5 cm"), ("5 cm", "5 \\text{cm}^2"), ("3 m", "3m^2"), ("3", "3m"), ("3x", "3"),
+    ("7:30 pm", "7:30"), ("7:30", "7:30 pm"), ("0:30 am", "0:30 pm"), ("blue and red", "red and blue"), ("red, blue", "blue, red"),
+    ("3 \\text{ because } 2+1=3", "3"), ("3 \\text{ or } 4 \\text{ apples}", "3"), ("3 percent", "3"), ("infinity", "\\infty"),
+    # text that is set as a formula, or not at all
+    ("((( \\(4\\) x", "4"), ("((( \\[4\\] x", "4"), ("((( [4] x", "4"), ("((( \\frac{1}{2} x", "\\frac12"), ("final answer is \\(4\\) I hope ((", "4"),
+    ("3\\ldots", "3"), ("\\phantom{3}", "3"), ("3\\vspace{4}", "3"), ("\\pi r", "\\pir"), ("3 or 4", "3"), ("3,4", "3"), ("\\pm 3", "3"),
 ]  # fmt: skip
 
 
@@ -103,7 +121,7 @@ def test_equal_pairs_in_both_directions(answer, truth):
     assert grade(f"so \\boxed{{{answer}}}", truth) == 1.0
 
 
-@pytest.mark.parametrize("answer, truth", UNEQUAL + GENEROUS)
+@pytest.mark.parametrize("answer, truth", UNEQUAL + GENEROUS + EXPLOITS)
 def test_unequal_pairs_in_both_directions(answer, truth):
     assert not exact_equal(answer, truth) and not exact_equal(truth, answer)
     assert grade(f"so \\boxed{{{answer}}}", truth) == 0.0
@@ -216,7 +234,7 @@ class TestMathVerify:
     def test_equal(self, answer, truth):
         assert grade(f"\\boxed{{{answer}}}", truth, "math-verify") == 1.0
 
-    @pytest.mark.parametrize("answer, truth", [*UNEQUAL, ("$3$ or $4$", "4"), ("((( $4$ x", "5"), ("on", "no"), ("x", "5")])
+    @pytest.mark.parametrize("answer, truth", [*UNEQUAL, *EXPLOITS, ("$3$ or $4$", "4"), ("((( $4$ x", "5"), ("on", "no"), ("x", "5")])
     def test_unequal(self, answer, truth):
         assert grade(f"\\boxed{{{answer}}}", truth, "math-verify") == 0.0
 
@@ -234,13 +252,14 @@ class TestMathVerify:
     def test_huge_expressions_end_in_any_thread(self, answer, monkeypatch):
         """Two threads, each with a hopeless pair between ordinary ones: sympy alone would work for minutes or for ever."""
         monkeypatch.setattr(reward, "TIME_LIMIT", 0.5)
-        grade("\\boxed{2}", "\\sqrt{4}", "math-verify")  # the process is there
-        process = reward.WORKERS[os.getpid()]
-        results = {}
+        results, first = {}, {}
 
         def work(name):
             pairs = [("2\\sqrt{3}", "\\sqrt{12}"), (answer, "7"), ("2\\sqrt{3}", "\\sqrt{12}"), ("x+1", "x+2")]
-            results[name] = [grade(f"\\boxed{{{a}}}", truth, "math-verify") for a, truth in pairs]
+            results[name] = []
+            for a, truth in pairs:
+                results[name].append(grade(f"\\boxed{{{a}}}", truth, "math-verify"))
+                first.setdefault(name, reward.HELPER.process)
 
         threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
         for thread in threads:
@@ -248,7 +267,78 @@ class TestMathVerify:
         for thread in threads:
             thread.join()
         assert results == {"a": [1.0, 0.0, 1.0, 0.0], "b": [1.0, 0.0, 1.0, 0.0]}
-        assert process.poll() == -signal.SIGPROF  # it was the limit, and not a quick "no"
+        assert [process.poll() for process in first.values()] == [-signal.SIGPROF] * 2  # it was the limit, and not a quick "no"
+
+    @pytest.mark.parametrize("deaths, expected", [(1, 1.0), (2, 0.0)])
+    def test_a_process_that_dies_before_it_is_asked(self, deaths, expected, monkeypatch):
+        """Writing to it fails. Another is asked, once: twice is no accident, and no reason to raise."""
+        original, died = reward.helper, []
+
+        def dying():
+            process = original()
+            if len(died) < deaths:
+                died.append(process)
+                process.kill()
+                process.wait()
+            return process
+
+        monkeypatch.setattr(reward, "helper", dying)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            assert grade("\\boxed{2\\sqrt{3}}", "\\sqrt{12}", "math-verify") == expected
+        assert [str(warning.message)[:46] for warning in seen] == ["grader math-verify: its process died twice or "] * (deaths - 1)
+        assert grade("\\boxed{2\\sqrt{3}}", "\\sqrt{12}", "math-verify") == 1.0
+
+    def test_a_process_that_dies_while_it_is_asked(self):
+        """Killed from outside in the middle of a pair that is right."""
+        assert grade("\\boxed{2}", "\\sqrt{4}", "math-verify") == 1.0
+        process = reward.HELPER.process
+        process.send_signal(signal.SIGSTOP)
+        threading.Timer(0.5, process.kill).start()
+        assert grade("\\boxed{2\\sqrt{3}}", "\\sqrt{12}", "math-verify") == 1.0
+
+    def test_a_process_that_is_stopped_costs_limited_time(self, monkeypatch):
+        monkeypatch.setattr(reward, "CLOCK_LIMIT", 1)
+        grade("\\boxed{2}", "\\sqrt{4}", "math-verify")
+        reward.HELPER.process.send_signal(signal.SIGSTOP)
+        start = time.monotonic()
+        assert grade("\\boxed{2\\sqrt{3}}", "\\sqrt{12}", "math-verify") == 0.0
+        assert time.monotonic() - start < 3
+        monkeypatch.setattr(reward, "CLOCK_LIMIT", 9)
+        assert grade("\\boxed{2\\sqrt{3}}", "\\sqrt{12}", "math-verify") == 1.0
+
+    def test_the_limit_is_one_of_the_clock(self, monkeypatch):
+        """A process that gets no processor time would never reach its own limit."""
+        assert reward.CLOCK_LIMIT < 10
+        monkeypatch.setattr(reward, "CLOCK_LIMIT", 1)
+        monkeypatch.setattr(reward, "TIME_LIMIT", 100)
+        start = time.monotonic()
+        assert grade("\\boxed{9^{9^9}}", "7", "math-verify") == 0.0
+        assert 0.9 < time.monotonic() - start < 3 and reward.HELPER.process.poll() == -signal.SIGKILL
+
+    def test_a_machine_that_starts_no_more_processes(self, monkeypatch):
+        def full(*_, **__):
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+
+        reward.HELPER.process = None
+        monkeypatch.setattr(subprocess, "Popen", full)
+        with pytest.warns(UserWarning, match="its process died twice or does not start"):
+            assert grade("\\boxed{2\\sqrt{3}}", "\\sqrt{12}", "math-verify") == 0.0
+        with pytest.warns(UserWarning), pytest.raises(ImportError, match="does not start: python reward.py shows why"):
+            check_grader("math-verify")
+
+    def test_a_hundred_deaths_leave_no_open_files(self):
+        folder = Path("/proc/self/fd")
+        if not folder.exists():
+            pytest.skip("/proc is Linux")
+        counts = []
+        for _ in range(4):
+            assert grade("\\boxed{2\\sqrt{3}}", "\\sqrt{12}", "math-verify") == 1.0
+            counts.append(len(list(folder.iterdir())))
+            for _ in range(25):
+                reward.helper().kill()
+                reward.HELPER.process.wait()
+        assert len(set(counts)) == 1
 
     def test_an_interrupted_question_leaves_no_late_verdict(self, monkeypatch):
         """Ctrl-C while a pair is compared: its verdict must not be taken for the next one's."""
@@ -274,7 +364,7 @@ class TestMathVerify:
             if not child:
                 os._exit(0)
             assert os.waitpid(child, 0)[1] == 0
-            print(reward.WORKERS[os.getpid()].pid, flush=True)
+            print(reward.HELPER.process.pid, flush=True)
             threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
             reward.grade("\\\\boxed{9^{9^9}}", "7", "math-verify")
         """
@@ -291,6 +381,27 @@ class TestMathVerify:
             time.sleep(0.1)
         else:
             raise AssertionError("the math-verify process outlived the process that asked it")
+
+
+    def test_a_fork_while_another_thread_grades(self):
+        """The thread is not in the child, nor is whatever it held. Both sides go on."""
+        script = """if True:
+            import os, reward, threading, time
+            right = lambda: reward.grade("\\\\boxed{2}", "\\\\sqrt{4}", "math-verify")
+            long = threading.Thread(target=reward.grade, args=("\\\\boxed{9^{9^9}}", "7", "math-verify"))
+            assert right() == 1.0
+            long.start()
+            time.sleep(1)
+            child = os.fork()
+            assert right() == 1.0
+            if not child:
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            long.join()
+        """
+        root = Path(reward.__file__).parent
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, timeout=60)
+        assert done.returncode == 0, done.stderr
 
 
 def test_every_grader_takes_the_same_arguments():

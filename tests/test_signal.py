@@ -1,6 +1,6 @@
 """The warmed-up tiny models before any RL step: do VPPO's two mechanisms have something to act on?
 
-A few figures for each laptop task, over 128 validation examples x 8 responses (README, "The laptop task"). Were one of them missing,
+A few figures for each laptop task, over 128 validation examples x 8 responses (docs/laptop-tasks.md). Were one of them missing,
 filtering or shaping would change nothing that can be seen, and every comparison of methods at this size would be noise.
 `python -m pytest -s tests/test_signal.py` prints the figures. Those of scenes are slow: its warm-up takes minutes, once.
 """
