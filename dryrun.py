@@ -26,7 +26,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
 
-import ending
+import distributed
 from config import Config
 from data import load_source, sources
 from laptop import tiny
@@ -335,4 +335,4 @@ def main(argv=()):
 
 
 if __name__ == "__main__":
-    ending.run(lambda: main(sys.argv[1:]), "dryrun.py", "")
+    distributed.run(lambda: main(sys.argv[1:]), "dryrun.py", "")

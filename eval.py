@@ -11,9 +11,11 @@ majority@k: the share of prompts where the answer most of the k responses give i
 The intervals are clustered by prompt: the k answers to one prompt are no independent evidence, so the prompt is the unit.
 """
 
-import ending  # first of all, so that Ctrl-C during the imports below is answered with a sentence
+if __name__ == "__main__":  # Ctrl-C while the libraries below are loaded: one sentence, and no traceback
+    import os
+    import signal
 
-# isort: split
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"eval.py: stopped by SIGINT\n"), os._exit(130)))
 
 import json
 import os
@@ -288,4 +290,4 @@ MEMORY = "--responses_at_once, or add --dtype bfloat16"  # what to lower when it
 
 
 if __name__ == "__main__":
-    ending.run(main, "eval.py", MEMORY)
+    distributed.run(main, "eval.py", MEMORY)

@@ -17,7 +17,6 @@ import torch
 from tqdm import tqdm
 
 import distributed
-import ending
 
 
 @dataclass
@@ -197,7 +196,7 @@ def usable(policy, dataset, rows, cfg, left_out):
             if not cfg.skip_bad_rows:
                 raise
             known[row] = "bad_rows", str(error)
-            tqdm.write(f"left out: {ending.one_line(error)}", file=sys.stderr)
+            tqdm.write(f"left out: {distributed.one_line(error)}", file=sys.stderr)
         if row in known:
             reason, sentence = known[row]
             left_out[reason].append(sentence)

@@ -13,9 +13,11 @@ summary.json with held-out accuracy before and after, and curves.png if matplotl
 A reward, mask, metric or credit rule of your own is a function: `train.main(reward=mine)`, see vppo.train_step.
 """
 
-import ending  # first of all, so that Ctrl-C during the imports below is answered with a sentence
+if __name__ == "__main__":  # Ctrl-C while the libraries below are loaded: one sentence, and no traceback
+    import os
+    import signal
 
-# isort: split
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"train.py: stopped by SIGINT\n"), os._exit(130)))
 
 import dataclasses
 import json
@@ -331,4 +333,4 @@ def finish(cfg, folder, progress, test_data, start, seconds_warmup):
 
 
 if __name__ == "__main__":
-    ending.run(main, "train.py", MEMORY)
+    distributed.run(main, "train.py", MEMORY)

@@ -26,7 +26,7 @@ import pytest
 import torch
 from PIL import Image
 
-import ending
+import distributed
 import eval as evaluation
 import train
 from config import CHOICES, RANGES, Config
@@ -301,7 +301,7 @@ def perform(case, folder):
             sys.stdout, sys.stderr = (os.fdopen(number, "w", errors="backslashreplace") for number in (1, 2))
             sys.argv = [case.script, *(case.argv.split() if isinstance(case.argv, str) else case.argv)]
             script = SCRIPTS[case.script]
-            ending.run(script.main, case.script, script.MEMORY)
+            distributed.run(script.main, case.script, script.MEMORY)
         finally:
             os._exit(99)  # `run` ends the process by itself
     limit, done = time.time() + SECONDS, 0

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 import checkpoint
 import distributed
-import ending
 import eval as evaluation
 import loss
 import train
@@ -300,7 +299,7 @@ def test_out_of_memory_names_the_flags_to_turn(script, config, monkeypatch):
 
     monkeypatch.setattr(distributed, "leave", sys.exit)
     with pytest.raises(SystemExit) as end:
-        ending.run(full, "it", script.MEMORY)
+        distributed.run(full, "it", script.MEMORY)
     text = end.value.code
     assert text.startswith(f"it: out of memory: lower {script.MEMORY} (CUDA") and "\n" not in text
     assert {word.strip(",") for word in text.split() if word.startswith("--")} <= {f"--{name}" for name in vars(config())}
@@ -437,7 +436,7 @@ def test_a_finished_run_without_checkpoints_is_not_emptied(flags):
     assert content("out") == before and Path("out/summary.json") in before
 
 
-@pytest.mark.parametrize("error", [ValueError("a bad row"), KeyboardInterrupt(), ending.Stopped(signal.SIGTERM)])
+@pytest.mark.parametrize("error", [ValueError("a bad row"), KeyboardInterrupt(), distributed.Stopped(signal.SIGTERM)])
 def test_a_start_that_fails_leaves_nothing(error, flags, monkeypatch):
     def fail(*arguments):
         assert Path("deep/er/out/config.json").exists()
@@ -497,7 +496,7 @@ def test_a_reader_who_leaves_does_not_end_the_run(flags, left, monkeypatch):
     with open(writing, "w") as stream:
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", stream)
-            ending.run(lambda: train.main([*flags, "--steps", "1"]), "train.py", "")
+            distributed.run(lambda: train.main([*flags, "--steps", "1"]), "train.py", "")
         os.dup2(os.open(os.devnull, os.O_WRONLY), writing)  # what it still holds can go now
     assert left == [(None,)] and json.loads(Path("out/summary.json").read_text())["steps"] == 1
 
@@ -508,7 +507,7 @@ def test_a_full_disk_for_the_output_is_said_at_the_end(left, monkeypatch):
     with open("/dev/full", "w") as stream:
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", stream)
-            ending.run(lambda: print("a table"), "eval.py", "")
+            distributed.run(lambda: print("a table"), "eval.py", "")
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     assert left == [("eval.py: finished, but what it printed is lost (No space left on device)",)]
 
@@ -516,7 +515,7 @@ def test_a_full_disk_for_the_output_is_said_at_the_end(left, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_first_evaluation_is_one_sentence(number, flags, left, monkeypatch):
     monkeypatch.setattr(train, "test", lambda *_: os.kill(os.getpid(), number) or time.sleep(5))
-    ending.run(lambda: train.main(flags), "train.py", "")
+    distributed.run(lambda: train.main(flags), "train.py", "")
     assert left == [(f"train.py: stopped by {number.name}", 128 + number)] and not Path("out").exists()
 
 
