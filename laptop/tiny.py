@@ -51,6 +51,9 @@ SCENES = RECIPE | dict(
 LARGE = SCENES | dict(layers=4, width=128)
 RECIPES = {("tiny", "digits"): RECIPE, ("tiny", "scenes"): SCENES, ("tiny-large", "scenes"): LARGE}
 NAMES = {model for model, _ in RECIPES}
+# The warm-up uses at most two threads. One and two make the same weights to the bit, four add up some sums in another order, and 680
+# steps of learning turn the last bit into another model. So all start from the same model, whatever number of cores they have.
+MOST_THREADS = 2
 
 SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|> <unk>".split()
 # Qwen's chat format in short. A system prompt is left out: it would cost more tokens than the question, and 300 words of
@@ -229,7 +232,12 @@ def ensure(root="runs", progress=True, model="tiny", data="digits"):
     recipe = RECIPES[model, task_name(task)]
     processor = build_processor(task)
     policy = Policy(build_model(processor, **recipe), processor)
-    warm_up(policy, recipe, task, progress)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(threads, MOST_THREADS))
+    try:
+        warm_up(policy, recipe, task, progress)
+    finally:
+        torch.set_num_threads(threads)
     Path(root).mkdir(parents=True, exist_ok=True)
     staging = tempfile.mkdtemp(dir=root, prefix=".tiny-")
     os.chmod(staging, 0o755)  # mkdtemp makes it private
