@@ -1,4 +1,4 @@
-"""Everything that knows there may be several processes. On one process these functions do nothing, so a reader may skip this file.
+"""Everything that knows there may be several processes, and how a process ends. A first reading can skip this file.
 
 The training step is written once, for one process. Some of its numbers must be those of the whole batch: the statistics of TAS, the
 divisor of the loss, the logged means. For these it asks here, so that a step does not depend on how its batch was dealt out to ranks.
@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -118,6 +119,14 @@ def total(value):
     return sum(gather([value]))
 
 
+def totals(counts):
+    """A Counter of the sums over all ranks, name by name. Counter's own + would leave out sums that are not positive."""
+    result = Counter()
+    for of_rank in gather([counts]):
+        result.update(of_rank)
+    return result
+
+
 def before(number):
     """The sum of a number over the ranks before this one: where this rank's share begins when all are put in a row."""
     return sum(gather([number])[: rank()])
@@ -164,10 +173,10 @@ def bare(engine):
 
 
 def passes(engine, micro_batches):
-    """The micro-batches of one update, in turn: yields (prompts, rows, counts), with a progress bar.
+    """The micro-batches of one update, in turn: yields (prompts, rows, factor), with a progress bar.
 
     All ranks get equally many, because a backward pass waits for the gradients of the other ranks. A rank that has fewer than another
-    runs its first response once more, with counts = 0: its loss is multiplied by 0. Otherwise counts is 1. DDP exchanges
+    runs its first response once more, with factor = 0: its loss is multiplied by 0. Otherwise the factor is 1. DDP exchanges
     gradients in the last pass only. FSDP2 exchanges them in every pass, so that no rank ever holds all of them.
     """
     number = max(gather([len(micro_batches)]))

@@ -254,16 +254,22 @@ def neutral_generation_config(policy):
 
 
 class RoomyLayer(DynamicLayer):
-    """A cache layer with room for the tokens to come, each written in place; DynamicLayer copies the whole cache for each.
+    """A prompt's cache layer, repeated `copies` times, with room for the tokens to come, which are written in place.
 
-    For generation only: writing in place would break a backward pass.
+    A DynamicLayer copies the whole cache each time it grows. This one is for passes without gradient: writing in place would break a
+    backward pass.
     """
 
-    def __init__(self, layer, tokens):
+    def __init__(self, layer, copies, tokens):
         super().__init__()
         self.__dict__.update(vars(layer))
-        self.room = [torch.cat([t, t.new_empty(*t.shape[:2], tokens, t.shape[3])], dim=2) for t in (layer.keys, layer.values)]
-        self.keys, self.values = (buffer[:, :, : layer.keys.shape[2]] for buffer in self.room)  # (B, heads, length, head size)
+        self.room = []
+        for prompt in (layer.keys, layer.values):  # (Q, heads, length, head size)
+            Q, heads, length, size = prompt.shape
+            room = prompt.new_empty(Q, copies, heads, length + tokens, size)
+            room[:, :, :, :length] = prompt[:, None]
+            self.room.append(room.flatten(0, 1))
+        self.keys, self.values = (room[:, :, :length] for room in self.room)  # (B, heads, length, head size)
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Append keys and values of new tokens, (B, heads, n, head size); returns those of all tokens so far."""
@@ -274,10 +280,10 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def static_layer(layer, tokens):
-    """A cache layer of fixed size with room for the tokens to come: on a GPU transformers compiles a model that generates with it."""
+def static_layer(layer, copies, tokens):
+    """The same, of fixed size: on a GPU transformers compiles a model that generates with it."""
     static = StaticLayer(layer.keys.shape[2] + tokens)
-    static.update(layer.keys, layer.values)
+    static.update(layer.keys.repeat_interleave(copies, dim=0), layer.values.repeat_interleave(copies, dim=0))
     return static
 
 
@@ -337,13 +343,15 @@ class Policy(nn.Module):
                 return {}
         return {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 
-    def prefill(self, prompts, copies, room=0):
+    def prefill(self, prompts, copies, room=0, static=False):
         """Run each prompt once, but for its last token, and repeat its cache `copies` times, with room for so many tokens.
 
-        Returns (cache, batch, offset). batch: the collated prompts' per-token tensors, repeated too. offset (B, 1): what to
-        add to a token's count of real predecessors to get its position (in Qwen's three-axis positions an image advances by
-        less than its number of tokens: an image of 64 tokens as 8 x 8 advances by 8, so its offset is -56). The last prompt token is left out because it is the one that predicts the first
-        response token: whoever continues feeds it first.
+        The last prompt token is left out because it is the one that predicts the first response token: whoever goes on feeds it first.
+        room > 0 is for passes without gradient. static: a cache of fixed size.
+
+        Returns (cache, batch, offset). batch: the collated prompts' per-token tensors, repeated too. offset (B, 1): what to add to the
+        number of real tokens before a token to get its position. It is 0 but for Qwen's three-axis positions, in which an image
+        advances by less than its number of tokens. An image of 8 x 8 tokens advances by 8, so the offset is 8 - 64 = -56.
         """
         batch = collate(prompts, 1, self.pad_id, self.device)
         per_token = {key: value for key, value in batch.items() if is_per_token(batch, key)}
@@ -351,10 +359,11 @@ class Policy(nn.Module):
         body = self.model.base_model
         with self.precision():
             cache = body(**inputs, **self.positions(inputs), use_cache=True).past_key_values
-        cache.batch_repeat_interleave(copies)
-        if room:
-            roomy = static_layer if self.static_cache else RoomyLayer
-            cache.layers = [roomy(layer, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        for i, layer in enumerate(cache.layers):
+            if room and type(layer) is DynamicLayer:
+                cache.layers[i] = (static_layer if static else RoomyLayer)(layer, copies, room)
+            else:
+                layer.batch_repeat_interleave(copies)
         offset = getattr(body, "rope_deltas", None)  # (Q, 1), set by the forward pass above
         if offset is None:
             offset = per_token["input_ids"].new_zeros(len(prompts), 1)
@@ -376,7 +385,7 @@ class Policy(nn.Module):
 
     def states_on_cache(self, prompts, response_ids, response_mask, copies):
         """The prompt's cache, repeated; on it the last prompt token and the response."""
-        cache, batch, offset = self.prefill(prompts, copies)
+        cache, batch, offset = self.prefill(prompts, copies, room=0 if torch.is_grad_enabled() else response_ids.shape[1])
         ids = torch.cat([batch["input_ids"][:, -1:], response_ids[:, :-1]], dim=1)  # (B, T)
         mask = torch.cat([batch["attention_mask"], response_mask[:, :-1].long()], dim=1)  # (B, L + T - 1)
         position = (mask.cumsum(1) - 1)[:, -ids.shape[1] :] + offset  # the same on all three axes: text has no grid

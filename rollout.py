@@ -141,7 +141,7 @@ def generate(policy, prompts, group_size, max_new_tokens=64, temperature=1.0, to
         chunk = [prompts[q] for q in order[start : start + at_once]]
         inputs = {}
         if policy.share_prompt:
-            cache, batch, offset = policy.prefill(chunk, group_size, room=max_new_tokens)
+            cache, batch, offset = policy.prefill(chunk, group_size, max_new_tokens, policy.static_cache)
             inputs["past_key_values"] = cache
             if hasattr(policy.model.base_model, "rope_deltas"):
                 policy.model.base_model.rope_deltas = offset

@@ -12,8 +12,8 @@ it takes two updates, forward and backward. S and old_logprobs belong to the pol
 before the first update changes it. An update also has to know S, because S decides which tokens have a gradient.
 
 DAPO and GRPO are this step with parts switched off (config.py: METHODS). Read dependency.py and loss.py next, where the equations are.
-On one process read `total(x)`, `part_of(x)`, `gather(x)` of distributed as x, `join(x)` as (x, all of it), `before(x)` as 0, and
-`passes(engine, m)` as a loop over the micro-batches m with `counts` = 1. Skip all else that mentions `distributed`.
+On one process read `total(x)`, `totals(x)`, `part_of(x)` of distributed as x, `join(x)` as (x, all of it), `before(x)` as 0, and
+`passes(engine, m)` as a loop over the micro-batches m with `factor` = 1. `clip_gradients` is torch's. Skip the rest of distributed.
 
 Shapes: Q prompts, G responses to each, B = Q * G responses in the order of their groups, T tokens in the longest response.
 """
@@ -41,10 +41,10 @@ def train_step(engine, optimizer, dataset, cfg, step, position, reward=None, mas
 
     Four parts can be replaced by a function of your own, without an edit anywhere else:
     reward(response, example, cfg) -> float     example has answer, problem and images; default: compare with the answer
-    mask_image(image, rng) -> image             hides part of an RGB image and keeps its size; default: the mask that cfg.mask names
-    metric(logits, masked_logits, ids) -> S     (N, V), (N, V), (N,) -> (N,); default: the one that cfg.metric names
-    credit(batch, cfg)                          phase 3: sets alpha (B,), token_mask (B, T) and advantages (B,); default: modulate
-    S is measured for methods with "tgf" or "tas". For the others it is 0, so give a metric or a credit rule to method "vppo".
+    mask_image(image, rng) -> image             hides part of an RGB image, keeps its size; rng: numpy's; default: what cfg.mask names
+    metric(logits, masked_logits, ids) -> S     (N, V), (N, V), (N,) -> (N,); forbidden ids are at -inf; default: what cfg.metric names
+    credit(batch, cfg)                          phase 3: sets token_mask (B, T) >= 0, advantages (B,), and alpha (B,) for the log
+    S is measured for methods with "tgf" or "tas" and is 0 for the others. A metric, or a rule that uses S, belongs to method "vppo".
     """
     # Sampling depends on (seed, step, rank) and masks on (seed, position, draw), so a resumed run repeats itself.
     torch.manual_seed(((cfg.seed * 1_000_003 + step) * 1_009 + distributed.rank()) % 2**63)
@@ -107,23 +107,23 @@ def collect(policy, dataset, cfg, position, reward=grade_example):
         graded = torch.tensor(graded, device=policy.device).reshape(-1, cfg.group_size)  # (Q, G)
         differ = (graded != graded[:, :1]).any(dim=1)  # (Q,) the groups that have a signal
         if number == 0:  # only the first round is a fair sample of the data
-            counts += Counter(reward=graded.sum().item(), responses_at_first=graded.numel())
-        counts += Counter(prompts=len(new_examples), no_signal=int((~differ).sum()), responses=graded.numel())
-        counts += Counter(tokens=int(rollout.response_mask.sum()), truncated=int(rollout.truncated.sum()))
+            counts.update(reward=graded.sum().item(), responses_at_first=graded.numel())  # a Counter's update adds
+        counts.update(prompts=len(new_examples), no_signal=int((~differ).sum()), responses=graded.numel())
+        counts.update(tokens=int(rollout.response_mask.sum()), truncated=int(rollout.truncated.sum()))
         keep = [q for q in range(len(new_examples)) if differ[q] or not cfg.has("dapo")]
         if keep:
             rollouts.append(rollout.subset(keep))
             examples += [new_examples[q] for q in keep]
             positions += [new_positions[q] for q in keep]
             rewards.append(graded[keep].flatten())
-    total = sum(distributed.gather([counts]), Counter())  # a Counter leaves out what is 0, and reads it as 0
+    seen = distributed.totals(counts)
     metrics = {
-        "reward": total["reward"] / max(1, total["responses_at_first"]),
-        "no_signal": total["no_signal"] / max(1, total["prompts"]),
-        "prompts_sampled": total["prompts"],
+        "reward": seen["reward"] / max(1, seen["responses_at_first"]),
+        "no_signal": seen["no_signal"] / max(1, seen["prompts"]),
+        "prompts_sampled": seen["prompts"],
         **{reason: distributed.total(len(sentences)) for reason, sentences in left_out.items()},
-        "response_length": total["tokens"] / max(1, total["responses"]),
-        "truncated": total["truncated"] / max(1, total["responses"]),
+        "response_length": seen["tokens"] / max(1, seen["responses"]),
+        "truncated": seen["truncated"] / max(1, seen["responses"]),
     }
     if not distributed.total(len(examples)):
         return None, position, metrics
@@ -181,7 +181,7 @@ def modulate(batch, cfg):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Phase 4: update. In a step's first update the policy still is the one that wrote the responses, so every ratio is 1, but for rounding.
-# In later ones it departs from 1. The clip takes away the gradient of a token that gained enough: above 1.28 if A > 0, below 0.8 if A < 0.
+# In later ones it departs from 1. The clip takes away the gradient of a token that went far enough: above 1.28 if A > 0, below 0.8 if A < 0.
 # ---------------------------------------------------------------------------------------------------------------------
 def deal(batch, cfg):
     """The numbers of the groups of each update: groups are dealt out to the updates in turn."""
@@ -208,7 +208,7 @@ def update(engine, optimizer, batch, groups, cfg):
     micro_batches = rollout.micro_batches(cfg.tokens_per_batch, [q for q in groups if needs_logits[rollout.rows([q])].any()])
     optimizer.zero_grad()
     sums = Counter(loss=0.0, tokens=0, clip_fraction=0.0, approx_kl=0.0)
-    for members, rows, counts in distributed.passes(engine, list(micro_batches)):  # prompts, their responses, 1
+    for members, rows, factor in distributed.passes(engine, list(micro_batches)):  # prompts, their responses, 1
         prompts, ids = [rollout.prompts[q] for q in members], rollout.response_ids[rows]
         logprobs, entropy = engine(prompts, ids, response_mask[rows], needs_logits[rows], exact)
         value, stats = loss.policy_loss(
@@ -217,9 +217,9 @@ def update(engine, optimizer, batch, groups, cfg):
         if cfg.entropy_penalty:
             terms = entropy if exact else logprobs
             value = value + cfg.entropy_penalty * loss.entropy_penalty(terms, response_mask[rows], cfg.entropy_form, tokens)
-        (value * counts * distributed.world()).backward()  # distributed: engines take the mean of the ranks' gradients, Eq. 6 the sum
-        n = counts * int(needs_logits[rows].sum())
-        sums.update({name: n * stats[name].item() for name in ("clip_fraction", "approx_kl")}, loss=counts * value.item(), tokens=n)
+        (value * factor * distributed.world()).backward()  # distributed: engines take the mean of the ranks' gradients, Eq. 6 the sum
+        n = factor * int(needs_logits[rows].sum())
+        sums.update({name: n * stats[name].item() for name in ("clip_fraction", "approx_kl")}, loss=factor * value.item(), tokens=n)
     sums["grad_norm"] = distributed.clip_gradients(engine, cfg.max_grad_norm)
     sums["skipped"] = int(not math.isfinite(sums["grad_norm"]))  # one bad batch must not turn all weights into NaN
     if not sums["skipped"] and sums["grad_norm"] > 0:  # 0: no token had a gradient, and momentum alone should not move the weights
@@ -231,12 +231,12 @@ def summarise(batch, sums, cfg):
     """The metrics of phases 2 to 4, over all ranks. docs/metrics.md says what each of them means."""
     response_mask = batch.rollout.response_mask
     tokens = distributed.total(int(response_mask.sum()))
-    total = {key: distributed.total(sum(s[key] for s in sums)) for key in ("loss", "tokens", "clip_fraction", "approx_kl")}
+    summed = {key: distributed.total(sum(s[key] for s in sums)) for key in ("loss", "tokens", "clip_fraction", "approx_kl")}
     metrics = {
-        "loss": total["loss"] / len(sums),
+        "loss": summed["loss"] / len(sums),
         "entropy": distributed.total(batch.entropy.sum().item()) / tokens,
-        "clip_fraction": total["clip_fraction"] / max(1, total["tokens"]),
-        "approx_kl": total["approx_kl"] / max(1, total["tokens"]),
+        "clip_fraction": summed["clip_fraction"] / max(1, summed["tokens"]),
+        "approx_kl": summed["approx_kl"] / max(1, summed["tokens"]),
         "gradient_tokens": distributed.total(int(((batch.token_mask > 0) & response_mask).sum())) / tokens,
         "grad_norm": sum(s["grad_norm"] for s in sums) / len(sums),
         "updates_skipped": sum(s["skipped"] for s in sums),

@@ -249,6 +249,14 @@ def test_dynamic_sampling_replaces_groups_without_signal(raw_policy, monkeypatch
     assert metrics["no_signal"] == 5 / 8 and metrics["reward"] == 2 / 8
 
 
+def test_a_reward_may_be_negative(raw_policy):
+    """The logged mean is that of the rewards, also where it is below 0."""
+    numbers = iter(range(10**6))
+    cfg = Config(prompts_per_step=4, group_size=2, max_new_tokens=4)
+    _, _, metrics = vppo.collect(raw_policy, digits.Digits("train"), cfg, 0, lambda *_: -1.0 - next(numbers) % 2)
+    assert metrics["reward"] == -1.5 and metrics["no_signal"] == 0
+
+
 def test_no_signal_at_all_skips_the_update(raw_policy, monkeypatch):
     monkeypatch.setattr(reward, "grade", lambda *_: 0.0)
     before = [p.detach().clone() for p in raw_policy.parameters()]
