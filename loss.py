@@ -1,6 +1,6 @@
 """Phases 3 and 4 of VPPO as pure functions of tensors: group advantage, TAS, TGF and the clipped objective.
 
-These are Eq. 1, 2, 4, 5, 6 and Appendix I of arXiv 2510.09285. Nothing here knows a model, a config, a device or a process
+These are Eq. 1, 2, 4, 5, 6 and Appendices E and I of arXiv 2510.09285. Nothing here knows a model, a config, a device or a process
 group, so every function can be lifted into another trainer as it stands.
 
 Shapes used throughout:
@@ -145,7 +145,8 @@ def policy_loss(
 ):
     """Eq. 6 (Eq. 2 when token_mask is None and the advantages are plain): the clipped policy-gradient loss, to be minimised.
 
-        J = mean over tokens of  m_{i,t} * min( r_{i,t} A'_i,  clip(r_{i,t}, 1 - eps_low, 1 + eps_high) A'_i ),   loss = -J
+        J = 1/N sum_{i,t}  m_{i,t} * min( r_{i,t} A'_i,  clip(r_{i,t}, 1 - eps_low, 1 + eps_high) A'_i ),   loss = -J
+        N counts all response tokens, filtered ones too (for average "sequence": 1/B sum_i 1/|o_i| sum_t ...)
         r_{i,t} = pi_theta(o_t | I, s_t) / pi_old(o_t | I, s_t) = exp(logprobs - old_logprobs)
 
     logprobs, old_logprobs: (B, T) log-probabilities (nats) of the sampled tokens; gradient flows through the first only.

@@ -111,8 +111,8 @@ def generate(policy, prompts, group_size, max_new_tokens=64, temperature=1.0, to
 
     policy: model.Policy; prompts: list of Q encoded prompts (prompts.encode).
     temperature must be the one the policy scores with (policy.temperature), else ratios start away from 1.
-    top_p < 1 samples from the nucleus while scoring keeps the full softmax, as in the paper: two distributions, so
-    sampled tokens are a little likelier than scored. 1.0 makes them one.
+    top_p < 1 samples from the likeliest tokens only, while scoring keeps the full softmax, as in the paper. The probability that a token
+    was sampled with is then a little higher than the scored one. 1.0 makes them equal.
     responses_at_once bounds memory: that many responses are generated together. progress: text for a bar, or None.
 
     Returns a Rollout. Uses torch's global generator: seed it for the same responses again.
