@@ -124,7 +124,7 @@ def test_lines_are_not_too_wide():
         ("--output film.png", "end with .webp"),
         ("--spotlight --output film.webp", "end with .svg"),
         ("--method sft", "--method 'sft' is unknown"),
-        ("--steps -1", "--steps must not be negative"),
+        ("--steps -1", "--steps must be from 0"),
         ("--frames 3", "--help lists all flags"),
     ],
 )

@@ -200,8 +200,8 @@ DATA = [
                            ("../model", "no metadata.jsonl"), ("file.txt", "data 'file.txt' is unknown"), (LONG, "File name too long|is unknown"), ("Digits", "is unknown")]
         for case in data_cases(says, {"set": os.mkdir, "file.txt": "text"}, name)
     ),
-    *data_cases("data 'd.parquet' cannot be read: ", {"d.parquet": b"PAR1 no table"}, "d.parquet"),
-    *data_cases("data 'd.arrow' cannot be read: ", {"d.arrow": ""}, "d.arrow"),
+    *data_cases("data 'd.parquet' (cannot be read: |is no folder .* pip install datasets)", {"d.parquet": b"PAR1 no table"}, "d.parquet"),
+    *data_cases("data 'd.arrow' (cannot be read: |is no folder .* pip install datasets)", {"d.arrow": ""}, "d.arrow"),
     *data_cases("metadata.jsonl has no rows", {"set/metadata.jsonl": "\n \n"}),
     *data_cases("has no split", {"set/val/metadata.jsonl": ROW, "set/dev/metadata.jsonl": ROW}),
     *(
