@@ -104,4 +104,4 @@ def test_same_step_as_ours(tiny_folder, tmp_path, monkeypatch, loss_type, averag
         for name, gradient in ours.items():
             assert (gradient - snapshots.gradients[step][name]).norm() < 2e-5 * gradient.norm(), name
         assert sums["loss"] == pytest.approx(sum(loss.item() for _, loss in losses[2 * step : 2 * step + 2]), rel=1e-5)
-        assert (sums["clipped"] > 0) == (step == 1)
+        assert (sums["clip_fraction"] > 0) == (step == 1)
