@@ -6,11 +6,16 @@
 Nothing here names a model family. What differs between families is found from the processor's output (which tensors an
 image becomes), from the config (which ids stand for an image) and from the model (whether it keeps `rope_deltas`).
 
-The prompt is shared by its group. The G responses to a prompt see the same image and the same question. So the prompt is run once,
-its key/value cache is repeated G times, and only the response tokens run on top. That holds in generation, in scoring, on the
-masked image and in the update. There the gradient of all G responses flows back through the repeated cache into the one prompt
-pass, and through it into the image tokens and the vision tower. The numbers are those of repeating the prompt G times (the *plain*
-path, kept as fallback and reference), at a fraction of the work: an image is hundreds of tokens.
+The prompt is shared by its group. The G responses to a prompt see the same image and the same question. So the prompt is run once in
+each pass instead of G times, all but its last token: its key/value cache is repeated G times, and only the response tokens run on top.
+This holds in generation, in scoring, on the masked image and in the update. In the update the gradient of all G responses flows back
+through the repeated cache into the one prompt pass, and through it into the image tokens and the vision tower. No gradient flows
+through the other passes. The numbers are those of repeating the prompt (the *plain* path, kept as fallback and reference), at a
+fraction of the work, because an image is hundreds of tokens.
+
+Three exceptions: with `mask_per="rollout"` each response has a masked prompt of its own. A group too large for `tokens_per_batch` is
+split, and its prompt is run once for each piece. With activation checkpointing or FSDP2 an update *packs* a prompt and its responses
+into one sequence, in which each response sees the prompt and itself (`Policy.path`).
 """
 
 import contextlib

@@ -14,7 +14,6 @@ before the first update changes it. An update also has to know S, because S deci
 DAPO and GRPO are this step with parts switched off (config.py: METHODS). Read dependency.py and loss.py next, where the equations are.
 On one process read `total(x)`, `totals(x)`, `part_of(x)` of distributed as x, `join(x)` as (x, all of it), `before(x)` as 0, and
 `passes(engine, m)` as a loop over the micro-batches m with `factor` = 1. `clip_gradients` is torch's. Skip the rest of distributed.
-
 Shapes: Q prompts, G responses to each, B = Q * G responses in the order of their groups, T tokens in the longest response.
 """
 
@@ -88,7 +87,8 @@ class Batch:
 # ---------------------------------------------------------------------------------------------------------------------
 # Phase 1: rollout. The policy answers each prompt G times, and a program grades the answers. A group of equal rewards has advantage 0
 # and teaches nothing. DAPO's recipe, which "vppo" has too, drops it and samples a fresh prompt instead ("dynamic sampling"), for at
-# most cfg.max_rounds rounds. Without the recipe ("grpo") it stays: it has no gradient, but it counts in the divisor and in Eq. 5.
+# most cfg.max_rounds rounds. Then the step goes on with the groups there are; with none it is skipped. Without the recipe ("grpo",
+# "vppo_grpo") the group stays: it has no gradient (but with cfg.shape "reward"), and it counts in the divisor and in Eq. 5.
 # ---------------------------------------------------------------------------------------------------------------------
 def collect(policy, dataset, cfg, position, reward=grade_example):
     """Phase 1: up to Q prompts with G graded responses each. Returns (Batch or None, new position, metrics)."""
@@ -194,8 +194,8 @@ def update(engine, optimizer, batch, groups, cfg):
 
     A token has a gradient if the filter keeps it, its response's advantage is not 0, and the clip has not taken it away. An entropy
     penalty gives one to all response tokens. The loss is divided by the number of *all* response tokens of this update, filtered ones
-    too, over all micro-batches and ranks. With average "sequence" (Eq. 6 as printed, and GRPO) a response is divided by its own number
-    of tokens, and their sum by the number of responses.
+    too, over all micro-batches and ranks. With average "sequence" (Eq. 6 as printed; the default of "grpo" and "vppo_grpo") a response
+    is divided by its own number of tokens, and their sum by the number of responses.
     """
     rollout, response_mask = batch.rollout, batch.rollout.response_mask
     average, clip_high = cfg.recipe()
