@@ -98,7 +98,7 @@ class Config:
     entropy_penalty: float = option(0.0, "coefficient of the entropy penalty")  # Appendix E: 0.06
     entropy_form: str = option("exact", "exact, or sampled as in the official code")
     # Running it
-    tokens_per_batch: int = option(16384, "tokens in one forward pass: memory, not results")
+    tokens_per_batch: int = option(16384, "tokens in one forward pass: memory, and results only by rounding")
     responses_at_once: int = option(1024, "responses in one call of generate: memory (and which samples are drawn)")
     share_prompt: bool = option(True, "run a prompt once for its whole group; --no_share_prompt repeats it")
     static_cache: bool = option(False, "generate with a cache of fixed size, which transformers compiles on a GPU: slow start, fast tokens")

@@ -138,7 +138,7 @@ def score(policy, rollout, masked_prompts=None, metric="kl", tokens_per_batch=16
     masked_prompts: the same prompts encoded with masked images, Q of them (one per prompt) or B (one per response).
                     None leaves out the second pass, which DAPO and GRPO do not need, and gives S = 0.
     metric:         a name in METRICS, or a function (logits, masked_logits, ids) -> S of your own.
-    tokens_per_batch: how many tokens run at once. It changes memory, not numbers.
+    tokens_per_batch: how many tokens run at once. It changes memory, and numbers only by rounding.
 
     Returns {"logprobs", "entropy", "dependency"}, each (B, T) float32, 0 on padding.
     """

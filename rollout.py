@@ -67,7 +67,7 @@ class Rollout:
         """Cut the rollout (or some of its groups) into pieces for one forward pass each: yields (prompt indices, row indices).
 
         As many whole groups as fit into tokens_per_batch go together, for a group shares its prompt; a group is split only when
-        it alone does not fit. At least one response goes at a time. The results do not depend on the cut.
+        it alone does not fit. At least one response goes at a time. The results do not depend on the cut, but for rounding.
         """
         G, T = self.group_size, self.response_ids.shape[1]
         pending, tokens = [], 0
