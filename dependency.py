@@ -9,9 +9,9 @@ next token agree, the token could have been written blindfolded. If they differ,
     METRICS    D            kl (Eq. 3, the paper's choice), jsd, drop, and k3, which the official code uses instead of kl
     score      both passes over a rollout batch: old_logprobs, entropy and S at once
 
-Two things in this file differ from the official code (docs/deviations.md has all). Eq. 3 is computed exactly, over the whole vocabulary, where the official code estimates it
-from the one sampled token. And a masked image is drawn once per prompt. The official code draws one for each response, which it calls a
-rollout (here: `mask_per="rollout"`).
+Two things in this file differ from the official code (docs/deviations.md lists all that differ). Eq. 3 is computed exactly, over the
+whole vocabulary, where the official code estimates it from the one sampled token. And a masked image is drawn once per prompt. The
+official code draws one for each response, which it calls a rollout (here: `mask_per="rollout"`).
 """
 
 import numpy as np

@@ -9,9 +9,9 @@ Shapes used throughout:
        the end-of-sequence token is one of them.
     V  number of words in the vocabulary
 
-Three things in this file differ from the official code (docs/deviations.md has all). The number of kept tokens, k*|o| rounded up, is computed exactly.
-Alpha is computed from all the responses that are given at once, so give it those of the whole batch. The exact entropy is
-offered beside the official penalty on sampled tokens, which has another gradient.
+Three things in this file differ from the official code (docs/deviations.md lists all that differ). The number of kept tokens, k*|o|
+rounded up, is computed exactly. Alpha is computed from all the responses that are given at once, so give it those of the whole batch.
+The exact entropy is offered beside the official penalty on sampled tokens, which has another gradient.
 """
 
 from fractions import Fraction
