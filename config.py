@@ -47,7 +47,7 @@ class Config:
 
     # What to train
     model: str = option("tiny", "'tiny' or 'tiny-large' (built and warmed up here), a folder in Hugging Face format, or a hub id")
-    data: str = option("digits", "'digits', 'scenes', a folder with metadata.jsonl or tables, a .jsonl or .parquet file, or a hub id")
+    data: str = option("digits", "'digits', 'scenes' or one of its regimes (docs/laptop-tasks.md), a folder with metadata.jsonl or tables, a .jsonl or .parquet file, or a hub id")
     val_data: str = option("", "data set for validation; default: the split 'val' of --data, if it has one")
     test_data: str = option("", "data set for the final table; default: the split 'test' of --data, if it has one")
     method: str = option("vppo", "vppo, dapo, grpo, tgf (filter only), tas (shaping only) or vppo_grpo")

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from laptop.digits import Digits
-from laptop.scenes import Scenes
+from laptop.scenes import REGIMES, Scenes
 from prompts import Example
 
 # What the paper appends to every question (Section 4): think first, then a boxed answer that a program can find.
@@ -287,7 +287,7 @@ def load_data(name, split, cfg=None, limit=None, own=False):
     """
     if name == "digits":
         return Digits(split)
-    if name == "scenes":
+    if name in REGIMES:  # the same scenes for all four; the regimes differ in the policy that they start from (laptop/scenes.py)
         return Scenes(split)
     path = Path(name)
     if path.is_dir():
@@ -303,7 +303,7 @@ def load_data(name, split, cfg=None, limit=None, own=False):
         return read_jsonl(files[found], cfg) if found else None
     hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not (path.is_dir() or path.is_file() and path.suffix in TABLES or hub):
-        known = "digits, scenes, an existing folder, a .jsonl, .parquet or .arrow file, or a hub id OWNER/NAME"
+        known = f"digits, {', '.join(REGIMES)}, an existing folder, a .jsonl, .parquet or .arrow file, or a hub id OWNER/NAME"
         raise ValueError(f"data '{name}' is unknown: give {known}")
     return read_tables(name, split, cfg, limit, own)
 

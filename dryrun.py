@@ -30,6 +30,7 @@ import distributed
 from config import Config
 from data import load_source, sources
 from laptop import tiny
+from laptop.scenes import REGIMES
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,7 +148,7 @@ def memory_per_gpu(
 
 
 # The longest prompts of the laptop's tasks
-LAPTOP = {"digits": dict(image_tokens=3, text_tokens=23), "scenes": dict(image_tokens=9, text_tokens=27)}
+LAPTOP = {"digits": dict(image_tokens=3, text_tokens=23), **dict.fromkeys(REGIMES, dict(image_tokens=9, text_tokens=27))}
 
 # Published dimensions of Qwen2.5-VL, and the work to plan for: response lengths of Table 9 (which has no 3B).
 TEXT = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size".split()
@@ -192,9 +193,8 @@ def is_hub_id(name):
 def dimensions(name, data):
     """A model's name -> (transformers config, where it comes from), or (None, why not). Never asks the network."""
     if name in tiny.NAMES:
-        tiny.folder_name(name, data)  # an error if there is no such recipe
-        task = tiny.task_of(data)
-        return tiny.build_model(tiny.build_processor(task), **tiny.RECIPES[name, tiny.task_name(task)]).config, "built here"
+        recipe = tiny.recipe_of(name, data)
+        return tiny.build_model(tiny.build_processor(tiny.task_of(data), **recipe), **recipe).config, "built here"
     # Only the file's folder goes to transformers: for a hub id it asks the network, even with local_files_only.
     file = try_to_load_from_cache(name, "config.json") if is_hub_id(name) else Path(name) / "config.json"
     if isinstance(file, (str, Path)) and Path(file).exists():  # the cache may also know that the hub has none

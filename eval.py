@@ -41,7 +41,7 @@ class EvalConfig:
     """Flags of eval.py; the names are those of train.py where they mean the same."""
 
     model: str = option("tiny", "'tiny' or 'tiny-large' (warmed up, before RL), a checkpoint folder, or a hub id")
-    data: str = option("digits", "'digits', 'scenes', a folder with metadata.jsonl or tables, a .jsonl or .parquet file, or a hub id")
+    data: str = option("digits", "'digits', 'scenes' or one of its regimes (docs/laptop-tasks.md), a folder with metadata.jsonl or tables, a .jsonl or .parquet file, or a hub id")
     benchmark: str = option("", "the paper's, by name, or 'all': see benchmarks.py; --data is then a local copy")
     split: str = option("test", "train, val or test; a data set with a single split is taken whole")
     samples: int = option(8, "responses per prompt: the k of avg@k, pass@k and majority@k")

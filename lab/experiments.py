@@ -32,10 +32,18 @@ PLANS = {
     "scenes": {"steps": 40, "max_rounds": 2, "eval_every": 5, "eval_prompts": 48, "test_prompts": 256},
     "digits": {"steps": 40, "eval_every": 5, "eval_prompts": 48, "test_prompts": 256},
 }
+PLANS["scenes-honest"] = PLANS["scenes"] | {"eval_every": 10}
+PLANS["scenes-verbose"] = PLANS["scenes-verbose-honest"] = PLANS["scenes-honest"] | {"max_new_tokens": 96}
+# The cells of the map (table "map"): a regime, or a regime with a quarter of the prompts a step, twice the steps and one update a step.
+FEW = {"prompts_per_step": 4, "steps": 80, "updates_per_rollout": 1, "eval_every": 20}
+CELLS = {name: {"data": name} for name in PLANS if name != "digits"}
+CELLS |= {f"{name}, 4 prompts": {"data": name, **FEW} for name in ("scenes", "scenes-verbose")}
+RATES = (1.5e-4, 3e-4, 6e-4)  # the middle one is the learning rate that all methods share
 QUICK = {"steps": 2, "prompts_per_step": 4, "eval_every": 1, "eval_prompts": 4, "test_prompts": 4, "eval_samples": 2}
 # Seconds on one core: a run's start, a response trained on (the replaced ones on top), a response evaluated. Measured
 # on VPPO; where a run's record is there, its own seconds count.
 SECONDS = {"scenes": (3.0, 0.012, 0.003), "digits": (2.0, 0.014, 0.005)}
+SECONDS |= {"scenes-honest": (3.0, 0.014, 0.004)} | dict.fromkeys(["scenes-verbose", "scenes-verbose-honest"], (3.0, 0.024, 0.007))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,6 +84,19 @@ def method(name, **settings):
     return {"method": name, **settings}
 
 
+def last_validation(record, label):
+    """Validation avg@8 in %, mean over the last two points of the curve: what a learning rate is chosen by."""
+    return 100 * statistics.mean(avg for _, avg in record["curve"][-2:])
+
+
+def mapped(**settings):
+    """The rows of the map: DAPO and the parts of VPPO in every cell, each compared with DAPO in the same cell."""
+    return [
+        (f"{cell}: {name}", method(key, **CELLS[cell], **settings), None, None if name == "DAPO" else f"{cell}: DAPO")
+        for cell in CELLS for name, key in (("DAPO", "dapo"), ("TAS", "tas"), ("TGF", "tgf"), ("VPPO", "vppo"))
+    ]  # fmt: skip
+
+
 def per_kind(prefix):
     """A row for each kind of token, compared with the fillers."""
     return [
@@ -85,6 +106,12 @@ def per_kind(prefix):
 
 
 TABLES = {
+    "map": Table("DAPO, TAS, TGF and VPPO in every regime, at the learning rate that all share", mapped(), 10),
+    "map_rates": Table("the same on validation, at three learning rates", [
+        (f"{label}, lr {lr}", settings | {"lr": lr}, None, None) for label, settings, *_ in mapped() for lr in RATES
+    ], 2, "The mean of the last two validation points, by which map_own chooses a rate.", "validation avg@8, %", last_validation),
+    "map_own": Table("the map, each method at its own best of three learning rates", mapped(lr="own"), 10,
+                     "The rates were chosen on validation (map_rates)."),
     "table1": Table("base, GRPO, DAPO, VPPO", [
         ("base", {"steps": 0}, 38.3, None), ("GRPO", method("grpo"), 53.1, "base"), ("DAPO", method("dapo"), 55.0, "GRPO"),
         ("VPPO", method("vppo"), 57.5, "DAPO"),
@@ -216,9 +243,20 @@ def same_time(flags):
     return 1 + (json.loads(file.read_text())["cells"][2]["mean"] if file.exists() else 9.7) / 100
 
 
+def own_rate(overrides, flags):
+    """The learning rate that did best for a row in map_rates; before that has run, the shared one."""
+    file = Path(flags.output) / "map_rates.json"
+    cells = json.loads(file.read_text())["cells"] if file.exists() else []
+    same = [cell for cell in cells if cell["settings"] | {"lr": "own"} == overrides]
+    return max(same, key=lambda cell: cell["mean"])["settings"]["lr"] if same else RATES[1]
+
+
 def settings_of(overrides, seed, flags):
     """The settings of one run: the task's plan, the row's departures from it, the seed."""
-    settings = PLANS[flags.data] | {"data": flags.data, "model": "tiny", "seed": seed} | overrides
+    data = overrides.get("data", flags.data)
+    settings = PLANS[data] | {"data": data, "model": "tiny", "seed": seed} | overrides
+    if settings.get("lr") == "own":
+        settings["lr"] = own_rate(overrides, flags)
     if settings["steps"] == "same time":
         settings["steps"] = round(PLANS[flags.data]["steps"] * same_time(flags))
     if flags.quick:
@@ -360,8 +398,8 @@ def main(argv=None):
         print(
             f"{name}: {len(wanted)} runs, {len(todo)} to do, about {sum(cost(s, folder) for s in todo) / 60:.0f} core minutes", flush=True
         )
-        for model in sorted({settings["model"] for settings in todo}):
-            runs.weights(model, flags.data)  # before the runs, which would each build it
+        for model, data in sorted({(settings["model"], settings["data"]) for settings in todo}):
+            runs.weights(model, data)  # before the runs, which would each build it
         failed = run_all(todo, folder, flags.jobs or os.cpu_count())
         if failed:
             raise ValueError(

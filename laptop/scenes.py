@@ -8,6 +8,11 @@ Built to compare methods on: harder than the digits task (digits.py), whose hand
   groups.
 
     python train.py --data scenes --steps 50 --max_rounds 2        # about a minute on one core, evaluation aside
+
+The same scenes come in four regimes, each with a base policy of its own: it guesses or not, and it is brief or verbose (REGIMES below).
+A verbose response is up to 100 tokens long, so it needs --max_new_tokens 112:
+
+    python train.py --data scenes-verbose-honest --steps 40 --max_rounds 2 --max_new_tokens 112
 """
 
 import numpy as np
@@ -36,6 +41,28 @@ KIND_SHARE = [0.3, 0.35, 0.2, 0.15]
 OTHER_WORDS = [*ROWS[3], *map(str, range(-9, 37))]  # every result, and what the vocabulary needs beside the templates
 OPENINGS = ["ME LOOK CARE :", "ME SEE :", "OK , ME SEE", "ME LOOK FOR :"]
 CLOSINGS = ["SO the ANSWER is", "SO ANSWER :", "the ANSWER is"]
+# A filler is a sentence that means nothing: one word from each list, whichever ("maybe ponder about this picture twice .").
+# No word of it depends on the image, on the question, or on another word, so whatever gradient it has is noise.
+FILLERS = [
+    "maybe perhaps surely honestly simply calmly gladly really".split(),
+    "ponder wonder think reflect muse dwell linger pause".split(),
+    "about over upon around beyond behind across within".split(),
+    "this that every any some each another such".split(),
+    "picture drawing image sketch page sheet board frame".split(),
+    "twice often briefly deeply soundly quietly gently awhile".split(),
+]
+
+# What the warm-up teaches in each regime (--data NAME -> its part of tiny.RECIPES), beyond how to read and to compute:
+# guess    share of responses that answer without looking ("i bet it : ..."); an honest base policy has none
+# misread  share of digits that are read wrongly, so that there is something left to learn
+# fillers  filler sentences of a response that reads; half of them follow the reading, half the computation. A guess has half as many.
+# `guess` and `misread` were chosen on validation data, so that every base policy is right on 0.20 to 0.26 of its responses.
+REGIMES = {
+    "scenes": dict(guess=0.43, misread=0.43),
+    "scenes-honest": dict(clean_guess=0.0, guess=0.0, misread=0.58),
+    "scenes-verbose": dict(guess=0.43, misread=0.43, fillers=6),
+    "scenes-verbose-honest": dict(clean_guess=0.0, guess=0.0, misread=0.58, fillers=6),
+}
 
 
 class Scenes(Digits):
@@ -91,16 +118,17 @@ def vary(words, rng):
     return " ".join(SYNONYMS[word][rng.integers(len(SYNONYMS[word]))] if word in SYNONYMS else word for word in words)
 
 
-def write_response(example, rng, guess=0.0, misread=0.0):
-    """A chain of thought in one of many wordings: what the warm-up teaches. As `digits.write_response`."""
+def write_response(example, rng, guess=0.0, misread=0.0, fillers=0):
+    """A chain of thought in one of many wordings: what the warm-up teaches. As `digits.write_response`, and with `fillers` sentences."""
     pick = lambda options: options[rng.integers(len(options))]  # noqa: E731
+    ponder = lambda: [pick(words) for _ in range(fillers // 2) for words in (*FILLERS, ["."])]  # noqa: E731
     if rng.random() < guess:
-        words = pick(GUESSES).split()
+        words = ponder() + pick(GUESSES).split()
         answer, _ = solve(example.kind, spoil(example.digits, rng, 1.0), example.asked)
     else:
         rows = spoil(example.digits, rng, misread)
         answer, computation = solve(example.kind, rows, example.asked)
-        words = pick(OPENINGS).split() + read(rows) + ["SO"] + computation + ["."] + pick(CLOSINGS).split()
+        words = pick(OPENINGS).split() + read(rows) + ponder() + ["SO"] + computation + ["."] + ponder() + pick(CLOSINGS).split()
     return vary(words, rng) + f" \\boxed{{{answer}}}"
 
 

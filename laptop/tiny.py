@@ -42,14 +42,12 @@ RECIPE = dict(
     clean_guess=0.1, guess=0.64, misread=0.37,
 )  # fmt: skip
 # Scenes have rows, so the vertical axis gets frequencies too. Three layers of width 96, for methods are compared over many runs.
-# `guess` and `misread` were chosen on validation data for a base policy that is right on a fifth of its responses, a fifth of
-# these by guessing (tests/test_signal.py has the figures).
-SCENES = RECIPE | dict(
-    layers=3, width=96, mrope_section=[2, 6, 8], see_steps=60, drill_steps=300, clean_steps=500, guess=0.43, misread=0.43,
-)  # fmt: skip
-# (--model, task) -> recipe. The task is that of --data; a model's vocabulary spells no other.
+# What the four regimes teach stands in scenes.py (tests/test_signal.py has the figures of the base policies).
+SCENES = RECIPE | dict(layers=3, width=96, mrope_section=[2, 6, 8], see_steps=60, drill_steps=300, clean_steps=500) | scenes.REGIMES["scenes"]
 LARGE = SCENES | dict(layers=4, width=128)
-RECIPES = {("tiny", "digits"): RECIPE, ("tiny", "scenes"): SCENES, ("tiny-large", "scenes"): LARGE}
+# (--model, --data) -> recipe. A model's vocabulary spells no other task.
+RECIPES = {("tiny", "digits"): RECIPE, ("tiny-large", "scenes"): LARGE}
+RECIPES |= {("tiny", regime): SCENES | lessons for regime, lessons in scenes.REGIMES.items()}
 NAMES = {model for model, _ in RECIPES}
 # The warm-up uses at most two threads. One and two make the same weights to the bit, four add up some sums in another order, and 680
 # steps of learning turn the last bit into another model. So all start from the same model, whatever number of cores they have.
@@ -66,12 +64,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_processor(task=digits):
+def build_processor(task=digits, fillers=0, **_):
     """Qwen2.5-VL's processor with a vocabulary of the words the task uses, each with and without a leading space."""
     texts = [*sum(task.QUESTIONS.values(), []), *task.OPENINGS, *task.CLOSINGS, *task.GUESSES, *sum(task.SYNONYMS.values(), [])]
     words = [word for text in texts for word in text.split() if word not in task.SYNONYMS and "{" not in word]
     words += [*task.WORDS, *"user assistant answer in yes no larger smaller equal + - = . , : ? { }".split(), "\\boxed{"]
     words += task.OTHER_WORDS
+    words += sum(scenes.FILLERS, []) if fillers else []
     words = list(dict.fromkeys(words))
     vocabulary = [*SPECIAL, "\n", *words, *(" " + word for word in words)]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
@@ -173,13 +172,14 @@ def warm_up(policy, recipe, task=digits, progress=True):
     for step in bar:
         drill_every = 1 if step < clean_from else 4 if step < noisy_from else total  # clean batches keep a quarter of drills
         guess, misread = (recipe["guess"], recipe["misread"]) if step >= noisy_from else (recipe["clean_guess"], 0.0)
+        lessons = dict(guess=guess, misread=misread) | ({"fillers": recipe["fillers"]} if "fillers" in recipe else {})
         copies = 1 if step < clean_from else 2  # responses to a scene; they share the work of its prompt
         batch, texts = [], []
         for i, row in enumerate(rng.choice(len(examples), recipe["batch"] // copies, replace=False)):
             drill = (i + 1) % drill_every == 0
             batch.append(prompts[row])
             for _ in range(copies):
-                text = task.write_drill(examples[row], rng) if drill else task.write_response(examples[row], rng, guess, misread)
+                text = task.write_drill(examples[row], rng) if drill else task.write_response(examples[row], rng, **lessons)
                 texts.append(text + "<|im_end|>")
         encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         ids, mask = encoded.input_ids, encoded.attention_mask.bool()
@@ -204,18 +204,23 @@ def task_name(task):
 
 
 def task_of(data):
-    """The task that a tiny model is warmed up on for some --data: digits where that is none of the two."""
-    return scenes if data == "scenes" else digits
+    """The task that a tiny model is warmed up on for some --data: digits where that is no regime of scenes."""
+    return scenes if data in scenes.REGIMES else digits
+
+
+def recipe_of(model, data):
+    """The recipe of a tiny model for some --data: that of digits where there is none of its own."""
+    name = data if data in scenes.REGIMES else "digits"
+    if (model, name) not in RECIPES:
+        raise ValueError(f"--model {model} has no recipe for --data {data}: use it with --data scenes, or take --model tiny")
+    return RECIPES[model, name]
 
 
 def folder_name(model="tiny", data="digits"):
     """tiny-HASH, tiny-scenes-HASH, ...: named by what the weights depend on: the recipe, NUMERICS for the code, library versions."""
-    task = task_of(data)
-    if (model, task_name(task)) not in RECIPES:
-        raise ValueError(f"--model {model} has no recipe for --data {data}: use it with --data scenes, or take --model tiny")
-    recipe = RECIPES[model, task_name(task)]
-    text = f"{NUMERICS} {recipe} {torch.__version__} {transformers.__version__} {tokenizers.__version__}"
-    return f"{model}{'-scenes' * (task is scenes)}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+    text = f"{NUMERICS} {recipe_of(model, data)} {torch.__version__} {transformers.__version__} {tokenizers.__version__}"
+    words = [model, *[data] * (data in scenes.REGIMES), hashlib.sha256(text.encode()).hexdigest()[:10]]
+    return "-".join(words)
 
 
 def ensure(root="runs", progress=True, model="tiny", data="digits"):
@@ -228,9 +233,8 @@ def ensure(root="runs", progress=True, model="tiny", data="digits"):
         return str(folder), 0.0
     start = time.time()
     print("warming up the tiny model: supervised learning for some minutes, once; the result is kept", flush=True)
-    task = task_of(data)
-    recipe = RECIPES[model, task_name(task)]
-    processor = build_processor(task)
+    task, recipe = task_of(data), recipe_of(model, data)
+    processor = build_processor(task, **recipe)
     policy = Policy(build_model(processor, **recipe), processor)
     threads = torch.get_num_threads()
     torch.set_num_threads(min(threads, MOST_THREADS))
