@@ -72,12 +72,12 @@ class Config:
     max_new_tokens: int = option(48, "length limit of a response")  # Table 9: 2048 (7B), 4096 (32B)
     max_prompt_tokens: int = option(4096, "longer prompts are left out and counted")  # Section 4
     system_prompt: str = option("You are a helpful assistant.", "system turn, if the chat template has one")
-    max_rounds: int = option(3, "rounds of dynamic sampling before training on the groups there are")  # ours
+    max_rounds: int = option(3, "rounds of sampling, the first included, before training on the groups there are")  # ours
     grader: str = option("exact", "exact or math-verify; graded is the last \\boxed{} that closes: one cut off at the token limit takes back nothing")
     # Phase 2: dependency
     mask: str = option("blacken", "blacken, noise, blur or grey")  # Appendix F, Table 11
     metric: str = option("kl", "kl, jsd, drop or k3")  # Eq. 3, Table 12; official code: k3
-    mask_per: str = option("prompt", "draw a masked image per prompt or per rollout")  # ours: prompt; official: rollout
+    mask_per: str = option("prompt", "draw a masked image per prompt or per rollout, that is for each response")  # ours: prompt; official: rollout
     # Phase 3: modulation
     k: float = option(0.4, "share of each response's tokens that carry gradient")  # Table 9
     beta_min: float = option(0.9, "smallest shaping factor")  # Table 9

@@ -47,16 +47,17 @@ def shaping_factors(mean_dependency, beta_min=0.9, beta_max=None):
     """Eq. 5: alpha_i = beta_min + (beta_max - beta_min) * n_i, with n_i = (Sbar_i - min Sbar) / (max Sbar - min Sbar).
 
     mean_dependency: (B,) = Sbar, the mean S of each response (`masked_mean`), of *all* trajectories of the rollout batch.
-    beta_max None is the paper's "dynamic": beta_max = beta_min + (1 - beta_min) / mean(n), which makes mean(alpha) = 1.
+    beta_max None is the paper's "dynamic": beta_max = beta_min + (1 - beta_min) / mean(n), which makes mean(alpha) = 1. So shaping
+    moves weight from response to response and does not scale them all.
     Returns (B,) alpha, all ones where max - min <= 1e-6 or B < 2, for then there is nothing to rank. Alpha scales the advantage,
     A'_i = alpha_i * A_i, negative ones too. Raises ValueError if beta_min > beta_max (dynamic: if beta_min > 1).
-    A dynamic beta_max has no bound. One outlier among otherwise equal responses gets alpha = beta_min + (1 - beta_min) * B.
+    A dynamic beta_max can become large: one response above B - 1 equal ones gets alpha = beta_min + (1 - beta_min) * B.
 
     Example: Sbar = (0, 0.1, 0.2): n = (0, 0.5, 1), mean 0.5; beta_min 0.9, dynamic: beta_max = 0.9 + 0.1 / 0.5 = 1.1,
     alpha = (0.9, 1.0, 1.1).
     """
     if beta_min > (1 if beta_max is None else beta_max):
-        raise ValueError(f"beta_min {beta_min} must not exceed beta_max {beta_max or 1}")
+        raise ValueError(f"beta_min {beta_min} must not exceed beta_max {1 if beta_max is None else beta_max}")
     if mean_dependency.numel() < 2:
         return torch.ones_like(mean_dependency)
     low, high = mean_dependency.min(), mean_dependency.max()
@@ -131,6 +132,11 @@ def soft_filter(dependency, response_mask, k=0.4):
 # ---------------------------------------------------------------------------------------------------------------------
 # Eq. 2 and 6: the clipped objective
 # ---------------------------------------------------------------------------------------------------------------------
+def per_token(advantages):
+    """Advantages that can be multiplied with (B, T): (B,) -> (B, 1); (B, T) stays as it is."""
+    return advantages[:, None] if advantages.dim() == 1 else advantages
+
+
 def policy_loss(
     logprobs,
     old_logprobs,
@@ -150,7 +156,8 @@ def policy_loss(
         r_{i,t} = pi_theta(o_t | I, s_t) / pi_old(o_t | I, s_t) = exp(logprobs - old_logprobs)
 
     logprobs, old_logprobs: (B, T) log-probabilities (nats) of the sampled tokens; gradient flows through the first only.
-    advantages:    (B,)   A_i of Eq. 1, or alpha_i * A_i with TAS (Eq. 5).
+    advantages:    (B,)   A_i of Eq. 1, or alpha_i * A_i with TAS (Eq. 5). (B, T) for a credit rule of your own that gives each
+                   token its own advantage.
     response_mask: (B, T) True on real tokens.
     token_mask:    (B, T) bool m of Eq. 4, or float weights (`soft_filter`); None keeps every token.
     clip_low, clip_high: eps below and above; the paper's Eq. 6 has one eps, its recipe DAPO's "clip-higher" 0.2 / 0.28.
@@ -163,14 +170,15 @@ def policy_loss(
     The divisor counts *all* response tokens, filtered ones too (Eq. 6 divides by |o_i|, not by k|o_i|).
 
     Returns (scalar loss, metrics), metrics detached and over kept tokens: clip_fraction (share whose gradient the clip
-    removed), ratio_max, approx_kl (mean of -log r). Raises ValueError for an unknown `average` or advantages that are not (B,).
+    removed), ratio_max, approx_kl (mean of -log r). Raises ValueError for an unknown `average` or advantages of another shape.
 
     Example, one response of 3 tokens, A = 2, old = new: r = 1. Keeping tokens 2 and 3: loss = -(0 + 2 + 2) / 3 = -4/3.
     """
     if average not in ("token", "sequence"):
         raise ValueError(f"average must be 'token' or 'sequence', got '{average}'")
-    if advantages.shape != logprobs.shape[:1]:
-        raise ValueError(f"advantages must be one number a response, ({len(logprobs)},), got {tuple(advantages.shape)}")
+    if advantages.shape not in (logprobs.shape[:1], logprobs.shape):
+        shapes = f"({len(logprobs)},), or a token, {tuple(logprobs.shape)}"
+        raise ValueError(f"advantages must be one number a response, {shapes}, got {tuple(advantages.shape)}")
     mask = response_mask.to(logprobs.dtype)
     weight = mask if token_mask is None else mask * token_mask.to(logprobs.dtype)  # m_{i,t}
     weight = weight.detach()
@@ -179,7 +187,7 @@ def policy_loss(
     # outside every clip range, does the same for exp.
     log_ratio = torch.where(kept, logprobs - old_logprobs.detach(), 0.0).clamp(-20, 20)
     ratio = log_ratio.exp()  # r_{i,t}
-    gain = advantages.detach()[:, None].to(logprobs.dtype)  # A'_i, (B, 1)
+    gain = per_token(advantages.detach()).to(logprobs.dtype)  # A'_i, (B, 1)
 
     unclipped = ratio * gain
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * gain
@@ -217,8 +225,8 @@ def entropy_penalty(values, response_mask, form="exact", denominator=None):
                     expectation but *not* the same gradient: on-policy E[grad log pi] = 0, so with unfiltered rollouts it
                     pushes nowhere on average; with top-p rollouts it sharpens towards the nucleus; in later updates of one
                     rollout batch it pulls back to the rollout policy.
-    The mean runs over all response tokens, those that TGF drops included, as in the official code. `denominator` as in
-    `policy_loss`. Returns a scalar; raises ValueError for another form.
+    The mean runs over all response tokens, those that TGF drops included, as in the official code. `denominator` overrides
+    their number; vppo.py passes that of the whole update. Returns a scalar; raises ValueError for another form.
 
     Example: H = (0.5, 1.0) on two tokens: 0.75. Sampled with logprobs (-0.5, -1.0): 0.75 as well.
     """

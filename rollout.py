@@ -107,10 +107,11 @@ def concatenate(rollouts):
 
 @torch.no_grad()
 def generate(policy, prompts, group_size, max_new_tokens=64, temperature=1.0, top_p=1.0, responses_at_once=1024, progress=None):
-    """Sample `group_size` responses to each prompt from pi_theta.
+    """Sample `group_size` responses to each prompt from the policy as it is now, which the updates then call pi_old.
 
     policy: model.Policy; prompts: list of Q encoded prompts (prompts.encode).
-    temperature must be the one the policy scores with (policy.temperature), else ratios start away from 1.
+    temperature must be the one the policy scores with (policy.temperature), else another distribution wrote the responses than the
+    pi_old of the objective.
     top_p < 1 samples from the likeliest tokens only, while scoring keeps the full softmax, as in the paper. The probability that a token
     was sampled with is then a little higher than the scored one. 1.0 makes them equal.
     responses_at_once bounds memory: that many responses are generated together. progress: text for a bar, or None.

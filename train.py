@@ -48,11 +48,12 @@ PATIENCE = 10  # updates in a row without a finite gradient before a run gives u
 MEMORY = "--tokens_per_batch and --responses_at_once, or add --activation_checkpointing, --dtype bfloat16, --shard"  # what to lower
 
 
-def main(argv=None, **own):
+def main(argv=None, *, reward=None, mask_image=None, metric=None, credit=None):
     """One run from start to end. Returns its summary, or None if it was asked to stop before the end.
 
-    own: functions of your own in place of the usual ones, by the names of vppo.train_step: reward, mask_image, metric, credit.
+    reward, mask_image, metric, credit: functions of your own in place of the usual ones (vppo.train_step has their signatures).
     """
+    own = dict(reward=reward, mask_image=mask_image, metric=metric, credit=credit)
     cfg, resume, dry = parse(argv, __doc__)
     if dry:
         return dry_run(cfg, cfg.output if resume else output_folder(cfg)) if os.environ.get("RANK", "0") == "0" else None
@@ -85,7 +86,7 @@ def main(argv=None, **own):
         open_folder(folder, cfg, resume, path)
         announce(cfg, policy, folder, model_folder, sharing, resume, path, progress)
         writer = board(cfg, folder, progress["step"])
-        progress["before"] = progress["before"] or test(policy, test_data, plain, folder, "before", own)
+        progress["before"] = progress["before"] or test(policy, test_data, plain, folder, "before", reward)
     asked, handlers = watch_signals()
     updates = []  # the optimizer's steps in the step that is under way
     optimizer.register_step_post_hook(lambda *_: updates.append(1))
@@ -117,7 +118,7 @@ def main(argv=None, **own):
             clock = time.perf_counter()
             sizes = (plain, cfg.eval_prompts, cfg.eval_samples, cfg.seed)
             with work_kept(folder, lambda: log(folder, metrics, batch, writer) or save()):
-                scores, _ = evaluate(policy, val_data, *sizes, "validation", reward=own.get("reward"))
+                scores, _ = evaluate(policy, val_data, *sizes, "validation", reward=reward)
             metrics |= {"val_avg": scores["avg"], "val_avg_ci": scores["avg_ci"], "seconds_eval": time.perf_counter() - clock}
         log(folder, metrics, batch, writer)
         bar.set_postfix(reward=f"{metrics['reward']:.2f}", refresh=False)
@@ -139,7 +140,7 @@ def main(argv=None, **own):
         return None
     for number, handler in handlers.items():  # nothing is left that could be lost
         signal.signal(number, handler)
-    progress["after"] = test(policy, test_data, plain, folder, "after", own)
+    progress["after"] = test(policy, test_data, plain, folder, "after", reward)
     return finish(cfg, folder, progress, test_data, start, seconds_warmup)
 
 
@@ -212,12 +213,12 @@ def announce(cfg, policy, folder, model_folder, sharing, resume, path, progress)
 # ---------------------------------------------------------------------------------------------------------------------
 # In the loop: rank 0 alone writes
 # ---------------------------------------------------------------------------------------------------------------------
-def test(policy, test_data, plain, folder, when, own):
+def test(policy, test_data, plain, folder, when, reward):
     """Held-out scores, every response into test-WHEN.jsonl; None if there is no held-out data or it is switched off."""
     if test_data is None:
         return None
     sizes = (plain.test_prompts, plain.eval_samples, plain.seed)
-    scores, records = evaluate(policy, test_data, plain, *sizes, f"held-out {when}", reward=own.get("reward"))
+    scores, records = evaluate(policy, test_data, plain, *sizes, f"held-out {when}", reward=reward)
     if distributed.rank() == 0:
         (folder / f"test-{when}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return scores

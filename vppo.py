@@ -7,13 +7,13 @@
     3. modulate    which tokens carry gradient (TGF, Eq. 4), and by how much each response's advantage is scaled (TAS, Eq. 5)
     4. update      by default two gradient steps on the clipped objective (Eq. 6), each on half of the groups
 
-So a default step runs the model in five stages. It generates. Without gradient it scores with the true and with the masked image. And
-it takes two updates, forward and backward. S and old_logprobs belong to the policy that wrote the responses, so they are measured once,
-before the first update changes it. An update also has to know S, because S decides which tokens have a gradient.
+So a default step runs the model five times: (1) generate, (2) score with the true image, (3) score with the masked image, all without
+gradient, then (4, 5) two updates, forward and backward, on half of the groups each. S and old_logprobs belong to the policy that wrote the
+responses, so they are measured before an update changes it. And an update must know S, because S decides which tokens have a gradient.
 
 DAPO and GRPO are this step with parts switched off (config.py: METHODS). Read dependency.py and loss.py next, where the equations are.
-On one process read `total(x)`, `totals(x)`, `part_of(x)` of distributed as x, `join(x)` as (x, all of it), `before(x)` as 0, and
-`passes(engine, m)` as a loop over the micro-batches m with `factor` = 1. `clip_gradients` is torch's. Skip the rest of distributed.
+On one process read `total(x)`, `totals(x)`, `part_of(x)` and `bare(x)` of distributed as x, `join(x)` as (x, slice(None)), `rank()` and
+`before(x)` as 0, `world()` as 1, `unsharded(x)` as nothing, and `passes(engine, m)` as a loop over the micro-batches m with `factor` = 1.
 Shapes: Q prompts, G responses to each, B = Q * G responses in the order of their groups, T tokens in the longest response.
 """
 
@@ -36,16 +36,16 @@ def train_step(engine, optimizer, dataset, cfg, step, position, reward=None, mas
     """One rollout batch through the four phases. Returns (metrics, the new position in the data, the Batch or None).
 
     engine:   what the updates differentiate: the policy (model.Policy), on several GPUs wrapped by distributed.engine.
-    position: the run's place in its data, 0 at its start.
+    position: how many prompts the run has taken from its data so far; in the next epoch it counts on. step counts from 0.
 
     Four parts can be replaced by a function of your own, without an edit anywhere else:
     reward(response, example, cfg) -> float     example has answer, problem and images; default: compare with the answer
     mask_image(image, rng) -> image             hides part of an RGB image, keeps its size; rng: numpy's; default: what cfg.mask names
     metric(logits, masked_logits, ids) -> S     (N, V), (N, V), (N,) -> (N,); forbidden ids are at -inf; default: what cfg.metric names
-    credit(batch, cfg)                          phase 3: sets token_mask (B, T) >= 0, advantages (B,), and alpha (B,) for the log
-    S is measured for methods with "tgf" or "tas" and is 0 for the others. A metric, or a rule that uses S, belongs to method "vppo".
+    credit(batch, cfg)                          phase 3: sets token_mask (B, T) >= 0, advantages (B,) or (B, T), and alpha (B,), only logged
+    A metric, or a rule that reads S, needs a method that measures S: "vppo" drops groups of equal rewards first, "vppo_grpo" keeps them.
     """
-    # Sampling depends on (seed, step, rank) and masks on (seed, position, draw), so a resumed run repeats itself.
+    # Sampling depends on (seed, step, rank) and masked images on (seed, position, draw), so a resumed run repeats itself.
     torch.manual_seed(((cfg.seed * 1_000_003 + step) * 1_009 + distributed.rank()) % 2**63)
     lr = cfg.lr * (1 - step / cfg.steps) if cfg.lr_schedule == "linear" else cfg.lr
     for parameters in optimizer.param_groups:
@@ -81,14 +81,14 @@ class Batch:
     dependency: torch.Tensor = None  # (B, T) S of Eq. 3
     alpha: torch.Tensor = None  # (B,) of Eq. 5
     token_mask: torch.Tensor = None  # (B, T) m of Eq. 4: bool, or float weights
-    advantages: torch.Tensor = None  # (B,) A' = alpha * A
+    advantages: torch.Tensor = None  # (B,) A' = alpha * A; (B, T) by a rule that gives each token its own
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Phase 1: rollout. The policy answers each prompt G times, and a program grades the answers. A group of equal rewards has advantage 0
-# and teaches nothing. DAPO's recipe, which "vppo" has too, drops it and samples a fresh prompt instead ("dynamic sampling"), for at
-# most cfg.max_rounds rounds. Then the step goes on with the groups there are; with none it is skipped. Without the recipe ("grpo",
-# "vppo_grpo") the group stays: it has no gradient (but with cfg.shape "reward"), and it counts in the divisor and in Eq. 5.
+# and teaches nothing. DAPO's recipe, which "vppo" has too, drops it and samples a fresh prompt instead ("dynamic sampling"), in at most
+# cfg.max_rounds rounds, the first included. The step goes on with the groups there are; with none it is skipped. Without the recipe
+# ("grpo", "vppo_grpo") the group stays. Its policy gradient is 0, but its tokens count in the divisor and its mean S in Eq. 5.
 # ---------------------------------------------------------------------------------------------------------------------
 def collect(policy, dataset, cfg, position, reward=grade_example):
     """Phase 1: up to Q prompts with G graded responses each. Returns (Batch or None, new position, metrics)."""
@@ -202,7 +202,7 @@ def update(engine, optimizer, batch, groups, cfg):
     chosen = response_mask[rollout.rows(groups)]
     tokens, responses = distributed.total(int(chosen.sum())), distributed.total(int(chosen.any(dim=1).sum()))
     # (B, T) Tokens without a gradient need no logits. The entropy penalty gives one to every response token.
-    needs_logits = response_mask & (bool(cfg.entropy_penalty) | (batch.token_mask > 0) & (batch.advantages != 0)[:, None])
+    needs_logits = response_mask & (bool(cfg.entropy_penalty) | (batch.token_mask > 0) & (loss.per_token(batch.advantages) != 0))
     weights = batch.token_mask * needs_logits  # (B, T) m of Eq. 4, and 0 where the log-prob is not computed
     exact = cfg.entropy_penalty > 0 and cfg.entropy_form == "exact"
     micro_batches = rollout.micro_batches(cfg.tokens_per_batch, [q for q in groups if needs_logits[rollout.rows([q])].any()])

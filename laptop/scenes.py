@@ -10,9 +10,9 @@ Built to compare methods on: harder than the digits task (digits.py), whose hand
     python train.py --data scenes --steps 50 --max_rounds 2        # about a minute on one core, evaluation aside
 
 The same scenes come in four regimes, each with a base policy of its own: it guesses or not, and it is brief or verbose (REGIMES below).
-A verbose response is up to 100 tokens long, so it needs --max_new_tokens 112:
+A verbose response is up to 85 tokens long, so it needs --max_new_tokens 96:
 
-    python train.py --data scenes-verbose-honest --steps 40 --max_rounds 2 --max_new_tokens 112
+    python train.py --data scenes-verbose-honest --steps 40 --max_rounds 2 --max_new_tokens 96
 """
 
 import numpy as np
@@ -59,9 +59,9 @@ FILLERS = [
 # `guess` and `misread` were chosen on validation data, so that every base policy is right on 0.20 to 0.26 of its responses.
 REGIMES = {
     "scenes": dict(guess=0.43, misread=0.43),
-    "scenes-honest": dict(clean_guess=0.0, guess=0.0, misread=0.58),
-    "scenes-verbose": dict(guess=0.43, misread=0.43, fillers=6),
-    "scenes-verbose-honest": dict(clean_guess=0.0, guess=0.0, misread=0.58, fillers=6),
+    "scenes-honest": dict(clean_guess=0.0, guess=0.0, misread=0.53),
+    "scenes-verbose": dict(guess=0.43, misread=0.39, fillers=6),
+    "scenes-verbose-honest": dict(clean_guess=0.0, guess=0.0, misread=0.46, fillers=6),
 }
 
 
