@@ -26,6 +26,7 @@ from tqdm import tqdm
 import dependency
 from config import command_line, option
 from lab import figures, runs
+from laptop.scenes import REGIMES
 
 # What all methods share, task by task: fixed before methods are compared, tuned on DAPO and validation data alone.
 PLANS = {
@@ -89,6 +90,16 @@ def last_validation(record, label):
     return 100 * statistics.mean(avg for _, avg in record["curve"][-2:])
 
 
+# The filter with one thing changed, to see which of its properties matters.
+CAUSES = [("with first words", "tgf_first_words"), ("by threshold", "tgf_threshold"), ("by mass", "tgf_mass"),
+          ("without noise", "tgf_without_noise")]  # fmt: skip
+
+
+def by_rule(name, regime):
+    """The settings of a row that a file of lab/rules makes."""
+    return {"method": "vppo", "rule": f"lab/rules/{name}.py", **CELLS[regime]}
+
+
 def mapped(**settings):
     """The rows of the map: DAPO and the parts of VPPO in every cell, each compared with DAPO in the same cell."""
     return [
@@ -112,6 +123,14 @@ TABLES = {
     ], 2, "The mean of the last two validation points, by which map_own chooses a rate.", "validation avg@8, %", last_validation),
     "map_own": Table("the map, each method at its own best of three learning rates", mapped(lr="own"), 10,
                      "The rates were chosen on validation (map_rates)."),
+    "causes": Table("why: the filter with one thing changed", [
+        row for regime in REGIMES for row in (
+            (f"{regime}: DAPO", method("dapo", **CELLS[regime]), None, None),
+            (f"{regime}: DAPO without first words", by_rule("dapo_without_first_words", regime), None, f"{regime}: DAPO"),
+            (f"{regime}: TGF", method("tgf", **CELLS[regime]), None, f"{regime}: DAPO"),
+            *((f"{regime}: TGF {words}", by_rule(name, regime), None, f"{regime}: TGF") for words, name in CAUSES),
+        )
+    ], 10, "Each row is compared with TGF, or TGF and the second row with DAPO. The rules are in lab/rules."),
     "table1": Table("base, GRPO, DAPO, VPPO", [
         ("base", {"steps": 0}, 38.3, None), ("GRPO", method("grpo"), 53.1, "base"), ("DAPO", method("dapo"), 55.0, "GRPO"),
         ("VPPO", method("vppo"), 57.5, "DAPO"),

@@ -7,8 +7,10 @@
 The record is kept as HASH.json. HASH names what its numbers depend on: the settings, and NUMERICS for the code. A run asked for again is found.
 """
 
+import ast
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import signal
@@ -41,9 +43,9 @@ KEPT = """reward no_signal prompts_sampled response_length truncated entropy cli
 # Records
 # ---------------------------------------------------------------------------------------------------------------------
 def configure(settings):
-    """Settings -> (kind, variant, Config): Config fields, beside them `kind` (in KINDS) and `variant` (in VARIANTS)."""
+    """Settings -> (kind, variant, Config): Config fields, beside them `kind` (in KINDS), and `variant` (in VARIANTS) or `rule` (a file)."""
     fields = dict(settings)
-    kind, variant = fields.pop("kind", "train"), fields.pop("variant", "")
+    kind, variant, _ = fields.pop("kind", "train"), fields.pop("variant", ""), fields.pop("rule", "")
     cfg = Config(**fields)
     check(cfg)
     return kind, variant, cfg
@@ -52,12 +54,13 @@ def configure(settings):
 def identity(settings):
     """All that a run's numbers depend on: the arithmetic (NUMERICS), the kind of run, and each field of the config that is not at its default.
 
-    Fields that change only speed, memory and files are left out.
+    Fields that change only speed, memory and files are left out. Of a rule's file the code counts, docstrings and comments do not.
     """
     kind, variant, cfg = configure(settings)
     defaults = asdict(Config())
     fields = {name: value for name, value in asdict(cfg).items() if value != defaults[name] and name not in MAY_CHANGE | {"output"}}
-    return {"numerics": NUMERICS, "kind": kind, "variant": variant, **fields}
+    rule = {"rule": code_of(settings["rule"])} if settings.get("rule") else {}
+    return {"numerics": NUMERICS, "kind": kind, "variant": variant, **rule, **fields}
 
 
 def file_of(settings, folder):
@@ -88,7 +91,11 @@ def perform(settings, folder):
     torch.set_num_threads(1)
     kind, variant, cfg = configure(settings)
     start = time.time()
-    result = KINDS[kind](cfg, VARIANTS[variant])
+    own = by_rule(load_rule(settings["rule"])) if settings.get("rule") else {"credit": VARIANTS[variant]}
+    try:
+        result = KINDS[kind](cfg, **own)
+    except ValueError as error:  # what a rule does wrong, for example
+        sys.exit(f"lab.runs: {error}")
     record = {
         "identity": identity(settings),
         "commit": commit(),
@@ -139,6 +146,62 @@ VARIANTS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Phase 3 as a file says: lab/rules and rules of your own
+# ---------------------------------------------------------------------------------------------------------------------
+def load_rule(file):
+    """The module of a rule's file (lab/rules/__init__.py says what it holds), whose path may start at the repository's root.
+
+    Raises ValueError of one sentence if it cannot be used.
+    """
+    file = ROOT / file
+    if file.suffix != ".py" or not file.is_file():
+        raise ValueError(f"rule '{file.name}' is no Python file that is there: give one like lab/rules/papo.py")
+    spec = importlib.util.spec_from_file_location(f"rule_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a person's file may do
+        raise ValueError(f"rule '{file.name}' cannot be loaded: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, "rule", None)):
+        raise ValueError(f"rule '{file.name}' has no function rule(rollout, dependency, entropy, rewards)")
+    return module
+
+
+def code_of(file):
+    """A hash of the code in a rule's file and of lab.rules' helpers, which comments and docstrings do not change."""
+    trees = [ast.parse((ROOT / part).read_text()) for part in (file, "lab/rules/__init__.py")]
+    for node in [node for tree in trees for node in ast.walk(tree)]:
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return hashlib.sha256(" ".join(map(ast.dump, trees)).encode()).hexdigest()[:12]
+
+
+def apply_rule(module, rollout, dependency, entropy, rewards):
+    """(advantages, token weights) of a rule. Raises ValueError of one sentence if they are not what they should be."""
+    name, (B, T) = f"rule '{Path(module.__file__).name}'", dependency.shape
+    try:
+        advantages, weights = module.rule(rollout, dependency, entropy, rewards)
+        shapes, finite = (tuple(advantages.shape), tuple(weights.shape)), bool(advantages.isfinite().all() and weights.isfinite().all())
+    except Exception as error:  # whatever a person's file may do
+        raise ValueError(f"{name} failed: {type(error).__name__}: {error}") from error
+    if shapes[0] not in ((B,), (B, T)) or shapes[1] != (B, T):
+        raise ValueError(f"{name} must return advantages of shape ({B},) or ({B}, {T}) and weights of shape ({B}, {T}), got {shapes[0]} and {shapes[1]}")
+    if not finite or (weights < 0).any():
+        raise ValueError(f"{name} returned {'a negative weight' if finite else 'a number that is not finite'}")
+    return advantages, weights
+
+
+def by_rule(module):
+    """The functions that vppo.train_step takes, from a rule's module."""
+
+    def credit(batch, cfg):
+        batch.alpha = torch.ones_like(batch.rewards)
+        batch.advantages, batch.token_mask = apply_rule(module, batch.rollout, batch.dependency, batch.entropy, batch.rewards)
+
+    return {"credit": credit, "metric": getattr(module, "metric", None), "mask_image": getattr(module, "mask_image", None)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Kinds of run: Config and credit rule -> what goes into the record
 # ---------------------------------------------------------------------------------------------------------------------
 def weights(model, data):
@@ -157,14 +220,17 @@ def rounded(value):
     return None if value is None else float(f"{value:.5g}")
 
 
-def train(cfg, credit=modulate):
-    """The loop of train.py without its files: steps, validation at fixed steps, held-out handwriting once, at the end."""
+def train(cfg, **own):
+    """The loop of train.py without its files: steps, validation at fixed steps, held-out handwriting once, at the end.
+
+    own: functions that vppo.train_step takes.
+    """
     policy = start(cfg)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     train_data, val_data, test_data = (load_data(cfg.data, split, cfg) for split in ("train", "val", "test"))
     metrics, curve, position = {name: [] for name in KEPT}, [], 0
     for step in range(cfg.steps):
-        values, position, _ = train_step(policy, optimizer, train_data, cfg, step, position, credit=credit)
+        values, position, _ = train_step(policy, optimizer, train_data, cfg, step, position, **own)
         for name in KEPT:
             metrics[name].append(rounded(values.get(name)))
         if cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps):

@@ -1,0 +1,147 @@
+"""A benchmark for credit rules: what does a rule do, beside DAPO and VPPO, in the four regimes of the scenes task?
+
+    python -m lab.benchmark my_rule.py              24 runs, some 20 minutes on 2 cores; a row with paired intervals
+    python -m lab.benchmark lab/rules/papo.py       a rule that is here already
+    python -m lab.benchmark --table                 docs/benchmark.md from all rules in lab/rules and their records
+    python -m lab.benchmark my_rule.py --quick      one seed, two steps: does it run?
+
+lab/rules/__init__.py says what a rule's file holds. A rule runs from the same base policies on the same prompts as DAPO and VPPO
+(table "map" of lab.experiments has their runs), six seeds in each regime, at the learning rate that all share. The
+differences are paired by seed. Held-out handwriting is used once, at the end of a run. Finished runs are kept: the same command goes on.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from config import command_line, option
+from lab import figures, runs
+from lab.experiments import PLANS, QUICK, cost, run_all
+from laptop.scenes import REGIMES
+from rollout import Rollout
+
+SEEDS = 6
+TABLE = runs.ROOT / "docs" / "benchmark.md"
+
+
+@dataclass
+class Flags:
+    """Flags of lab/benchmark.py, beside the rule's file."""
+
+    jobs: int = option(0, "runs at a time; 0: one per core")
+    output: str = option("", "folder of the records; default results, with --quick runs/quick")
+    quick: bool = option(False, "one seed, two steps: does everything run?")
+    table: bool = option(False, "write docs/benchmark.md from the rules in lab/rules whose records are there")
+
+
+def settings_of(regime, seed, quick, **changes):
+    """The settings of one run: the regime's plan, without the validation curve for a rule, which nobody looks at."""
+    settings = PLANS[regime] | {"data": regime, "model": "tiny", "seed": seed} | changes
+    if "rule" in changes:
+        settings["eval_every"] = 0
+    return settings | ({name: min(value, settings.get(name, value)) for name, value in QUICK.items()} if quick else {})
+
+
+def rows_of(quick, **changes):
+    """{regime: [settings of each seed]} of a rule or a method."""
+    return {regime: [settings_of(regime, seed, quick, **changes) for seed in range(1 if quick else SEEDS)] for regime in REGIMES}
+
+
+def rehearse(module):
+    """Call a rule on a made-up batch, so that a slip is found at once and not in the first run. Raises ValueError of one sentence."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.arange(1, 17) % 9 + 4
+    mask = torch.arange(12) < lengths[:, None]  # (16, 12)
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    rollout = Rollout([{}, {}], ids, mask, ["\\boxed{3}"] * 16, torch.zeros(16, dtype=torch.bool))
+    dependency, entropy = (torch.rand(mask.shape, generator=generator) * mask for _ in range(2))
+    runs.apply_rule(module, rollout, dependency, entropy, (torch.arange(16) % 3 == 0).float())
+
+
+def row(name, records, references):
+    """The cells of a table row: the rule, then in each regime its score and its differences to the references, with intervals.
+
+    records: {regime: [a record per seed]}; references: {method: the same}.
+    """
+    cells = [name]
+    for regime, mine in records.items():
+        scores = [100 * record["test"] for record in mine]
+        mean, half = figures.interval(scores)
+        against = []
+        for other in references.values():
+            gap, width = figures.difference(scores, [100 * record["test"] for record in other[regime][: len(mine)]])
+            against.append(f"{gap:+.1f} +- {'?' if width is None else f'{width:.1f}'}")
+        cells.append("; ".join([f"{mean:.1f}", *against]))
+    return cells
+
+
+def found(wanted, folder):
+    """{regime: records} of runs that have all been made, else None."""
+    records = {regime: [runs.find(settings, folder) for settings in chosen] for regime, chosen in wanted.items()}
+    return None if any(None in mine for mine in records.values()) else records
+
+
+def grid(rows, references):
+    """The table in Markdown."""
+    return figures.grid(["rule", *REGIMES], rows) + (
+        f"\nHeld-out avg@8 in %, then the difference to {' and to '.join(references)}, paired by seed, with 95 % intervals over the seeds.\n"
+    )
+
+
+def main(argv=None):
+    """The command line."""
+    parser = command_line(Flags, __doc__)
+    parser.add_argument("rule", nargs="?", default="", help="a Python file with a function `rule`")
+    flags = parser.parse_args(argv)
+    if bool(flags.rule) == flags.table:
+        raise ValueError("give the file of a rule, or --table")
+    if flags.jobs < 0:
+        raise ValueError(f"--jobs must not be negative, got {flags.jobs}")
+    folder = Path(flags.output or runs.ROOT / ("runs/quick" if flags.quick else "results")) / "runs"
+    methods = {"DAPO": rows_of(flags.quick, method="dapo"), "VPPO": rows_of(flags.quick, method="vppo")}
+    if flags.table:
+        return write_table(methods, folder)
+    file = Path(flags.rule).resolve()
+    rehearse(runs.load_rule(file))
+    mine = rows_of(flags.quick, method="vppo", rule=str(file))
+    wanted = {runs.file_of(s, folder): s for table in (mine, *methods.values()) for chosen in table.values() for s in chosen}
+    todo = [settings for file, settings in wanted.items() if runs.find(settings, folder) is None]
+    jobs = flags.jobs or os.cpu_count()
+    minutes = sum(cost(settings, folder) for settings in todo) / 60 / jobs
+    print(f"{len(wanted)} runs, {len(todo)} to do, about {minutes:.0f} minutes with {jobs} at a time", flush=True)
+    for regime in {settings["data"] for settings in todo}:
+        runs.weights("tiny", regime)  # before the runs, which would each build it
+    if failed := run_all(todo, folder, jobs):
+        raise ValueError(f"{len(failed)} of {len(todo)} runs failed, the others are kept: repeat the command")
+    references = {name: found(table, folder) for name, table in methods.items()}
+    print(grid([row(Path(flags.rule).stem, found(mine, folder), references)], references))
+
+
+def write_table(methods, folder):
+    """docs/benchmark.md: its text stays, the table between its two marks is made anew from the records."""
+    references = {name: found(table, folder) for name, table in methods.items()}
+    if None in references.values():
+        raise ValueError(f"{folder} lacks runs of DAPO or VPPO: python -m lab.experiments map makes them")
+    rows = [row(name, references[name], {other: references[other] for other in references}) for name in references]
+    for file in sorted((runs.ROOT / "lab" / "rules").glob("[!_]*.py")):
+        records = found(rows_of(False, method="vppo", rule=str(file)), folder)
+        if records is None:
+            print(f"{file.name} is left out: python -m lab.benchmark lab/rules/{file.name} makes its runs")
+        else:
+            rows.append(row(f"[{file.stem}](../lab/rules/{file.name})", records, references))
+    start, mark, end = "<!-- table -->", "<!-- end of table -->", TABLE.read_text()
+    head, tail = end.split(start)[0], end.split(mark)[1]
+    TABLE.write_text(f"{head}{start}\n{grid(rows, references)}{mark}{tail}")
+    print(f"{len(rows)} rows written to {TABLE.relative_to(runs.ROOT)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, ImportError, OSError) as error:
+        sys.exit(f"lab.benchmark: {error}")
+    except KeyboardInterrupt:
+        sys.exit("lab.benchmark: stopped; finished runs are kept, the same command goes on from there")
