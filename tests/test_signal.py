@@ -1,8 +1,9 @@
 """The warmed-up tiny models before any RL step: do VPPO's two mechanisms have something to act on?
 
-A few figures for each laptop task, over 128 validation examples x 8 responses (docs/laptop-tasks.md). Were one of them missing,
+A few figures for each laptop task, over 128 (scenes: 256) validation examples x 8 responses (docs/laptop-tasks.md). Were one of them missing,
 filtering or shaping would change nothing that can be seen, and every comparison of methods at this size would be noise.
-`python -m pytest -s tests/test_signal.py` prints the figures. Those of scenes are slow: its warm-up takes minutes, once.
+`python -m pytest -s tests/test_signal.py` prints the figures. Those of scenes are slow: its warm-up takes minutes, once. Its other
+three regimes are checked where their base policies are there.
 """
 
 import json
@@ -16,26 +17,29 @@ import loss
 import reward
 import train
 from data import load_data
-from laptop import digits, tiny
+from laptop import digits, scenes, tiny
 from prompts import encode, with_images
 from rollout import generate
 
 
-@pytest.fixture(scope="module", params=["digits", pytest.param("scenes", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["digits", *(pytest.param(name, marks=pytest.mark.slow) for name in scenes.REGIMES)])
 def base(request):
     """Everything the figures need, from one rollout and one scoring pass."""
     from model import Policy, load
 
-    folder, _ = tiny.ensure(Path(__file__).parents[1] / "runs", progress=False, data=request.param)
+    root = Path(__file__).parents[1] / "runs"
+    if request.param not in ("digits", "scenes") and not (root / tiny.folder_name(data=request.param)).exists():
+        pytest.skip(f"the base policy of {request.param} takes minutes: python -m lab.experiments map builds it")
+    folder, _ = tiny.ensure(root, progress=False, data=request.param)
     policy = Policy(*load(folder)).eval()
-    examples = [load_data(request.param, "val")[i] for i in range(128)]
+    examples = [load_data(request.param, "val")[i] for i in range(128 if request.param == "digits" else 256)]
     prompts = [encode(policy.processor, example) for example in examples]
     masked = [
         with_images(policy.processor, prompt, dependency.mask_images(example.images, "blacken", [0, i]))
         for i, (prompt, example) in enumerate(zip(prompts, examples))
     ]
     torch.manual_seed(0)
-    rollout = generate(policy, prompts, 8, max_new_tokens=48)
+    rollout = generate(policy, prompts, 8, max_new_tokens=96 if "verbose" in request.param else 48)
     S = dependency.score(policy, rollout, masked)["dependency"]
     tokens = policy.processor.tokenizer.convert_ids_to_tokens(range(len(policy.processor.tokenizer)))
     mask = rollout.response_mask
@@ -53,7 +57,7 @@ def base(request):
 def test_base_policy_is_right_now_and_then(base):
     share = base["right"].float().mean().item()
     print(f"\nmean reward {share:.3f}")
-    assert 0.15 <= share <= {"digits": 0.40, "scenes": 0.25}[base["data"]]
+    assert 0.15 <= share <= 0.40 if base["data"] == "digits" else 0.20 <= share <= 0.26
 
 
 def test_many_groups_carry_signal(base):
@@ -65,10 +69,13 @@ def test_many_groups_carry_signal(base):
 
 
 def test_tokens_need_the_image(base):
-    """Share of all response tokens with S > 0.05: on scenes at least 15 %, on digits, with three digits to read, 5 %."""
+    """Share of all response tokens with S > 0.05: on scenes at least 15 %, on digits, with three digits to read, 5 %.
+
+    Verbose responses have more words that need no image, so there it is 5 %, too.
+    """
     share = (base["S"][base["mask"]] > 0.05).float().mean().item()
     print(f"\ntokens with S > 0.05 {share:.3f}")
-    assert share >= {"digits": 0.05, "scenes": 0.15}[base["data"]]
+    assert share >= (0.05 if base["data"] == "digits" or "verbose" in base["data"] else 0.15)
 
 
 def test_unselected_tokens_carry_gradient(base):
@@ -90,11 +97,18 @@ def test_unselected_tokens_carry_gradient(base):
 def test_some_correct_responses_are_guesses_and_look_blind(base):
     """At least 15 % of correct responses read nothing, and their median mean S is at most a third of the readers'."""
     guess, right = ~base["read"].any(dim=1), base["right"]
+    if "honest" in base["data"]:
+        return check_that_all_read(guess)
     mean = loss.masked_mean(base["S"], base["mask"])
     share = ((guess & right).sum() / right.sum()).item()
     blind, seeing = mean[guess & right].median().item(), mean[~guess & right].median().item()
     print(f"\nguesses among correct responses {share:.3f}; median mean S {blind:.4f}, of readers {seeing:.4f}")
     assert share >= 0.15 and blind <= seeing / 3
+
+
+def check_that_all_read(guess):
+    """In an honest regime at most one response in a hundred reads nothing."""
+    assert guess.float().mean() <= 0.01
 
 
 def test_dependency_separates_tokens_read_from_the_image(base):
