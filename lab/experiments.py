@@ -306,7 +306,7 @@ def cost(settings, folder):
     if kind == "dependency":
         return begin + 10 * cfg.eval_prompts * cfg.group_size * evaluated  # a generation, 18 masked passes
     steps = 2 * (cfg.steps + 1) if kind == "overhead" else cfg.steps
-    points = -(-cfg.steps // cfg.eval_every) if kind == "train" else 0
+    points = -(-cfg.steps // cfg.eval_every) if kind == "train" and cfg.eval_every else 0
     tests = cfg.test_prompts if kind == "train" else 0
     return (
         begin

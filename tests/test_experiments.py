@@ -19,6 +19,7 @@ from vppo import Batch
 
 QUICK = ["--quick", "--data", "digits", "--jobs", "1"]
 FLAGS = Flags(data="digits", quick=True, output="nowhere")
+NOT_MADE_YET = ["map", "map_rates", "map_own", "causes"]  # tables whose runs take hours; a name leaves this list with its results
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +117,8 @@ def test_mean_over_the_kept_tokens():
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_are_whole(name):
     labels = [label for label, *_ in TABLES[name].rows]
-    assert len(set(labels)) == len(labels) and TABLES[name].seeds >= 3
+    least = 2 if "validation" in TABLES[name].unit else 3  # a learning rate is chosen by two seeds and compared on ten others' data
+    assert len(set(labels)) == len(labels) and TABLES[name].seeds >= least
     for i, (_, overrides, _, reference) in enumerate(TABLES[name].rows):
         assert reference is None or reference in labels[:i]
     for flags in (FLAGS, replace(FLAGS, quick=False)):
@@ -163,8 +165,11 @@ def test_every_record_of_the_results_is_found_under_its_name():
     folder = runs.ROOT / "results" / "runs"
     files = sorted(folder.glob("*.json"))
     assert len(files) > 200
+    rules = {runs.code_of(file): str(file) for file in (runs.ROOT / "lab" / "rules").glob("[!_]*.py")}
     for file in files:
         settings = {key: value for key, value in json.loads(file.read_text())["identity"].items() if key != "numerics"}
+        if "rule" in settings:
+            settings["rule"] = rules[settings["rule"]]
         assert runs.file_of(settings, folder) == file and runs.find(settings, folder)
 
 
@@ -264,8 +269,10 @@ def test_the_page_over_all_results():
 def test_the_pages_of_results_are_those_of_their_numbers():
     """README.md and NAME.md are what lab/figures.py writes from NAME.json; test_docs.py compares docs/results.md with these."""
     folder = runs.ROOT / "results"
-    results = [json.loads((folder / f"{name}.json").read_text()) for name in TABLES]
-    assert [result["title"] for result in results] == [table.title for table in TABLES.values()]
+    made = [name for name in TABLES if name not in NOT_MADE_YET]
+    results = [json.loads((folder / f"{name}.json").read_text()) for name in made]
+    assert [result["title"] for result in results] == [TABLES[name].title for name in made]
+    assert not any((folder / f"{name}.json").exists() for name in NOT_MADE_YET)
     assert (folder / "README.md").read_text() == figures.overview(results)
     for result in results:
         assert (folder / f"{result['name']}.md").read_text() == figures.markdown(result)

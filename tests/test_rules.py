@@ -1,5 +1,6 @@
 """Credit rules (lab/rules) and their benchmark: worked examples, published check values, and what a rule can do wrong."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,21 @@ def test_a_bad_rule_is_one_sentence_before_any_run(tmp_path, text, word):
 def test_bad_words(words, word):
     with pytest.raises(ValueError, match=word):
         benchmark.main(words)
+
+
+def test_a_rule_of_your_own_gets_its_row(tiny_folder, tmp_path, monkeypatch, capsys):
+    """Two steps on digits in place of the four regimes, whose base policies take minutes."""
+    file = tmp_path / "mine.py"
+    file.write_text("def rule(rollout, dependency, entropy, rewards):\n    return rewards - rewards.mean(), dependency > 0.05\n")
+    monkeypatch.setattr(benchmark, "REGIMES", ["digits"])
+    benchmark.main([str(file), "--quick", "--jobs", "1", "--output", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "3 runs, 3 to do" in out and "| rule | digits |" in out and "| mine | " in out and "+- ?" in out
+    records = [json.loads(record.read_text()) for record in (tmp_path / "runs").iterdir()]
+    (mine,) = (record for record in records if "rule" in record["identity"])
+    assert mine["identity"]["rule"] == runs.code_of(file) and len(mine["metrics"]["reward"]) == 2
+    benchmark.main([str(file), "--quick", "--output", str(tmp_path)])
+    assert "3 runs, 0 to do" in capsys.readouterr().out
 
 
 def test_rules_of_records_are_relative(tmp_path):
