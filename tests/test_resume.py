@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -413,6 +414,29 @@ def test_two_processes_cannot_share_a_run(flags, reference):
             train.main(["--resume", "out/checkpoints/step-000001"])
         assert content("out") == before
     assert train.main(["--resume", "out"])  # released with the file, as by the end of a process
+
+
+def test_a_process_that_has_the_lock_since_a_moment_ago_is_named(tmp_path):
+    """Of two that start at once the second must not read the file before the first has written into it."""
+    fcntl = pytest.importorskip("fcntl")
+    with open(tmp_path / ".lock", "w") as other:
+        other.write("process 6, which is gone")
+        other.flush()
+        fcntl.flock(other, fcntl.LOCK_EX)
+
+        def write():
+            other.seek(0)
+            other.truncate()
+            other.write("process 7 on elsewhere")
+            other.flush()
+
+        writer = threading.Timer(0.1, write)
+        writer.start()
+        try:
+            with pytest.raises(ValueError, match="is in use by process 7 on elsewhere: wait for it, or stop it"):
+                distributed.lock(tmp_path)
+        finally:
+            writer.join()
 
 
 def test_a_resume_that_fails_destroys_nothing(flags, reference, monkeypatch):
