@@ -497,7 +497,7 @@ def test_another_number_of_threads_is_said(flags, reference, capsys):
 def test_a_small_disk_is_said_before_the_start(flags, monkeypatch, capsys):
     monkeypatch.setattr(train.shutil, "disk_usage", lambda _: SimpleNamespace(free=30_000_000))
     train.main([*flags, "--steps", "0"])
-    assert "a checkpoint takes 0.0 GB, and the disk of out has 0.0 GB free" in capsys.readouterr().err
+    assert "a checkpoint takes 0.02 GB, and the disk of out has 0.03 GB free" in capsys.readouterr().err
     monkeypatch.setattr(train.shutil, "disk_usage", lambda _: SimpleNamespace(free=50_000_000))
     train.main([*flags, "--steps", "0", "--output", "other"])
     assert "a checkpoint takes" not in capsys.readouterr().err
