@@ -607,6 +607,21 @@ def test_an_evaluation_goes_on_after_its_last_batch(flags, tiny_folder, monkeypa
     assert list(evaluate_alone("part", *chosen).values()) == list(whole.values())  # without the flag it starts again
 
 
+def test_a_stopped_evaluation_keeps_its_batches(flags, tiny_folder, left, monkeypatch):
+    whole = evaluate_alone("whole", "--model", tiny_folder)
+    original, calls = evaluation.generate, []
+
+    def generate(*arguments):
+        calls.append(1)
+        return original(*arguments) if len(calls) < 3 else os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "generate", generate)
+        distributed.run(lambda: evaluate_alone("part", "--model", tiny_folder), "eval.py", "")
+    assert left == [("eval.py: stopped by SIGTERM", 143)] and len(Path("part/responses.jsonl").read_text().splitlines()) == 4
+    assert list(evaluate_alone("part", "--model", tiny_folder, "--resume").values()) == list(whole.values())
+
+
 def test_a_broken_picture_behind_the_first_batches_is_found_before_them(flags, painted, tiny_folder):
     spoil(Path("set/7.png"))
     with pytest.raises(ValueError, match="set/metadata.jsonl, line 8: image .* does not open"):
