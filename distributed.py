@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections import Counter
 from datetime import timedelta
@@ -77,6 +78,7 @@ def lock(folder):
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        time.sleep(0.5)  # it may have the lock since a moment ago, and then it writes its name now
         file.seek(0)
         raise ValueError(f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it, or stop it") from None
     except (ImportError, OSError):

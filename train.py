@@ -207,7 +207,7 @@ def announce(cfg, policy, folder, model_folder, sharing, resume, path, progress)
         progress["threads"] = threads
     need, free = 12e-3 * size, shutil.disk_usage(folder).free / 1e9  # float32 weights and two Adam states of each
     if cfg.save_every and free < 2 * need:
-        print(f"a checkpoint takes {need:.1f} GB, and the disk of {folder} has {free:.1f} GB free: make room, or --keep 1", file=sys.stderr)
+        print(f"a checkpoint takes {need:.2f} GB, and the disk of {folder} has {free:.2f} GB free: make room, or --keep 1", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

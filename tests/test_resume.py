@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -415,6 +416,29 @@ def test_two_processes_cannot_share_a_run(flags, reference):
     assert train.main(["--resume", "out"])  # released with the file, as by the end of a process
 
 
+def test_a_process_that_has_the_lock_since_a_moment_ago_is_named(tmp_path):
+    """Of two that start at once the second must not read the file before the first has written into it."""
+    fcntl = pytest.importorskip("fcntl")
+    with open(tmp_path / ".lock", "w") as other:
+        other.write("process 6, which is gone")
+        other.flush()
+        fcntl.flock(other, fcntl.LOCK_EX)
+
+        def write():
+            other.seek(0)
+            other.truncate()
+            other.write("process 7 on elsewhere")
+            other.flush()
+
+        writer = threading.Timer(0.1, write)
+        writer.start()
+        try:
+            with pytest.raises(ValueError, match="is in use by process 7 on elsewhere: wait for it, or stop it"):
+                distributed.lock(tmp_path)
+        finally:
+            writer.join()
+
+
 def test_a_resume_that_fails_destroys_nothing(flags, reference, monkeypatch):
     shutil.copytree(reference, "out")
     before = content("out")
@@ -473,7 +497,7 @@ def test_another_number_of_threads_is_said(flags, reference, capsys):
 def test_a_small_disk_is_said_before_the_start(flags, monkeypatch, capsys):
     monkeypatch.setattr(train.shutil, "disk_usage", lambda _: SimpleNamespace(free=30_000_000))
     train.main([*flags, "--steps", "0"])
-    assert "a checkpoint takes 0.0 GB, and the disk of out has 0.0 GB free" in capsys.readouterr().err
+    assert "a checkpoint takes 0.02 GB, and the disk of out has 0.03 GB free" in capsys.readouterr().err
     monkeypatch.setattr(train.shutil, "disk_usage", lambda _: SimpleNamespace(free=50_000_000))
     train.main([*flags, "--steps", "0", "--output", "other"])
     assert "a checkpoint takes" not in capsys.readouterr().err
@@ -581,6 +605,21 @@ def test_an_evaluation_goes_on_after_its_last_batch(flags, tiny_folder, monkeypa
         patch.setattr(evaluation, "generate", None)
         assert evaluate_alone("part", *chosen, "--resume") == part
     assert list(evaluate_alone("part", *chosen).values()) == list(whole.values())  # without the flag it starts again
+
+
+def test_a_stopped_evaluation_keeps_its_batches(flags, tiny_folder, left, monkeypatch):
+    whole = evaluate_alone("whole", "--model", tiny_folder)
+    original, calls = evaluation.generate, []
+
+    def generate(*arguments):
+        calls.append(1)
+        return original(*arguments) if len(calls) < 3 else os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "generate", generate)
+        distributed.run(lambda: evaluate_alone("part", "--model", tiny_folder), "eval.py", "")
+    assert left == [("eval.py: stopped by SIGTERM", 143)] and len(Path("part/responses.jsonl").read_text().splitlines()) == 4
+    assert list(evaluate_alone("part", "--model", tiny_folder, "--resume").values()) == list(whole.values())
 
 
 def test_a_broken_picture_behind_the_first_batches_is_found_before_them(flags, painted, tiny_folder):
