@@ -1,10 +1,13 @@
-"""What the tests share: the tiny models, and as many threads as there are cores for one of them."""
+"""What the tests share: the tiny models, as many threads as there are cores for one of them, and that they see no GPU."""
 
 import os
 from pathlib import Path
 
-import pytest
-import torch
+# The numbers that tests expect are a CPU's. The processes that tests start see no GPU either. torch reads this when it looks for one.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 

@@ -1,12 +1,14 @@
-"""Starting and killing runs of several processes: what test_distributed.py and test_resume.py share."""
+"""Other processes: starting and killing runs of several, and running a test in one that has a pretend GPU."""
 
+import contextlib
+import io
 import os
 import signal
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def python(processes):
@@ -24,3 +26,14 @@ def kill(pid):
     """kill -9 a process and, before anyone can tell them to clean up, its children: torchrun gives them sessions of their own."""
     for victim in [pid, *children(pid)]:
         os.kill(victim, signal.SIGKILL)
+
+
+def on_pretend_gpu(name):
+    """Run one test by pytest in this process, which gets the pretend GPU. Returns what pytest wrote if the test failed, else ""."""
+    import pretend_cuda  # noqa: F401  makes the device, and must come before torch: nothing above imports that
+    import pytest
+
+    os.environ["PYTEST_ADDOPTS"] = ""  # a selection of tests was made before they came here
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        status = pytest.main([name, "-q", "--no-header", "-p", "no:cacheprovider"])
+    return text.getvalue() if status else ""
