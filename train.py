@@ -316,7 +316,7 @@ def board(cfg, folder, step):
     old = note.read_text() if note.exists() else None
     words = dict(project="vppo", name=folder.name, dir=folder, config=dataclasses.asdict(cfg))
     try:
-        run = wandb.init(**words, id=old, resume="allow" if old else None, settings=wandb.Settings(console="off"))
+        run = wandb.init(**words, id=old, resume="allow" if old else None, settings=wandb.Settings(console="off", quiet=True))
     except Exception as error:
         raise ValueError(f"--log wandb: {error}") from error
     note.parent.mkdir(exist_ok=True)
