@@ -1,6 +1,8 @@
 """Checkpoints: an ordinary Hugging Face folder plus what the trainer needs to go on as if it had never stopped.
 
     checkpoints/step-000010/   model.safetensors, config.json, processor, ...   what from_pretrained and eval.py read
+                               adapter_model.safetensors, adapter_config.json   instead of the first two, with --lora_rank
+                               merged/                                          the first two all the same, with --lora_merge
                                trainer.pt                                       optimizer state, progress of the run
                                SHA256SUMS                                       a checksum of every file; by hand: sha256sum -c SHA256SUMS
 
@@ -9,6 +11,7 @@ the previous one whole. Random states need no file: every draw of a step is keye
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -33,13 +36,15 @@ SUMS = "SHA256SUMS"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # sharded states gathered to rank 0, one parameter at a time
 
 
-def save_checkpoint(policy, optimizer, folder, progress, keep=0):
+def save_checkpoint(policy, optimizer, folder, progress, keep=0, merge=False):
     """Write checkpoints/step-NNNNNN under `folder`; all ranks call it, rank 0 writes. progress: a dict with "step".
 
-    keep: how many of the newest to keep, 0 all. Raises OSError in one sentence if it cannot be written; nothing older is lost.
+    keep: how many of the newest to keep, 0 all. merge: write an adapter also merged into its model (model.save). Raises OSError in one
+    sentence if it cannot be written; nothing older is lost.
     """
     target = Path(folder) / "checkpoints" / f"step-{progress['step']:06d}"
-    weights = get_model_state_dict(policy, options=WHOLE)
+    small = hasattr(policy.model, "peft_config") and not merge  # only the adapter is written
+    weights = get_model_state_dict(policy, options=dataclasses.replace(WHOLE, ignore_frozen_params=small))
     # Before the first update there is no state, and asking for it would make the optimizer take a step.
     states = get_optimizer_state_dict(policy, optimizer, options=WHOLE) if optimizer.state else None
     failure = None
@@ -48,7 +53,7 @@ def save_checkpoint(policy, optimizer, folder, progress, keep=0):
         try:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
-            save(policy, staging, {name.removeprefix("model."): tensor for name, tensor in weights.items()})
+            save(policy, staging, {name.removeprefix("model."): tensor for name, tensor in weights.items()}, merge)
             torch.save({"optimizer": states, "progress": progress}, staging / "trainer.pt")
             files = sorted((file for file in staging.rglob("*") if file.is_file()), key=lambda file: (file.name == "trainer.pt", file))
             (staging / SUMS).write_text("".join(f"{checksum(file)}  {file.relative_to(staging)}\n" for file in files))
@@ -197,6 +202,7 @@ def nothing_left(folder, resume):
         if not resume and distributed.unlock(folder):  # else the folder is another run's
             for file in [*(folder / name for name in ("config.json", "config.new", "test-before.jsonl", ".lock")), *folder.glob("events.*")]:
                 file.unlink(missing_ok=True)
+            shutil.rmtree(folder / "wandb", ignore_errors=True)
             with contextlib.suppress(OSError):
                 for path in new:
                     path.rmdir()

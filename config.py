@@ -33,7 +33,10 @@ METHODS = {
 
 
 # Fields that may differ when a run is resumed. They change speed, memory and files, and whether a bad row ends the run, but no number.
-MAY_CHANGE = set("tokens_per_batch share_prompt static_cache shard activation_checkpointing save_every keep log skip_bad_rows".split())
+MAY_CHANGE = set(
+    """tokens_per_batch share_prompt static_cache shard activation_checkpointing offload_optimizer attn_implementation device
+       save_every keep log lora_merge skip_bad_rows""".split()
+)
 
 
 def option(default, help):
@@ -54,6 +57,9 @@ class Config:
     steps: int = option(100, "rollout batches to train on")  # ours; the paper: 2 epochs of 38,870 rows
     seed: int = option(0, "prompts, masks and sampling follow from it")
     output: str = option("", "output folder; default runs/METHOD-DATA-SEED")
+    lora_rank: int = option(0, "train an adapter of this rank (LoRA, needs peft) instead of the model's own weights; 0 trains the weights")  # ours: 0, as the paper
+    lora_merge: bool = option(False, "checkpoints also hold merged/, an ordinary model folder with the adapter added to the weights")
+    freeze: str = option("", "leave weights as they are: of vision (tower and projector) or language")  # ours; official: all are trained
     # Rows of a folder, file or hub data set
     problem_column: str = option("problem", "column of the question; <image> in it marks an image's place")  # official data
     answer_column: str = option("answer", "column of the true answer")  # official data
@@ -105,13 +111,16 @@ class Config:
     dtype: str = option("float32", "float32 or bfloat16: of computing; weights, gradients and Adam states stay float32")
     shard: bool = option(False, "FSDP2: weights, gradients and Adam states are split over the ranks")
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower updates")
+    offload_optimizer: bool = option(False, "keep Adam's states in CPU memory while they are not used: less GPU memory, equal numbers")
+    attn_implementation: str = option("", "sdpa, eager, flash_attention_2, ...: what transformers computes attention with; default its own choice")
+    device: str = option("", "cuda, mps or cpu; default cuda if there is a GPU, else cpu")
     eval_every: int = option(20, "validation every so many steps; 0 never")
     eval_prompts: int = option(64, "validation prompts; 0 takes all")
     test_prompts: int = option(512, "held-out prompts of the final table; 0 skips it")
     eval_samples: int = option(8, "responses per evaluated prompt: the 8 of avg@8")
     save_every: int = option(50, "checkpoint every so many steps; the last step always; 0 never")
     keep: int = option(0, "how many of the newest checkpoints to keep; 0 keeps all")
-    log: str = option("", "tensorboard: write its files next to metrics.jsonl")
+    log: str = option("", "tensorboard: write its files next to metrics.jsonl; wandb: send the metrics there")
 
     def has(self, part):
         """Whether the method switches on "tgf", "tas" or "dapo"."""
@@ -130,7 +139,8 @@ CHOICES = {
     "method": METHODS, "mask": MASKS, "metric": METRICS, "mask_per": ("prompt", "rollout"),
     "select": ("dependency", "entropy", "random"), "shape": ("advantage", "reward"),
     "average": (None, "token", "sequence"), "entropy_form": ("exact", "sampled"), "lr_schedule": ("linear", "constant"),
-    "dtype": ("float32", "bfloat16"), "grader": GRADERS, "log": ("", "tensorboard"), "text_only": ("refuse", "train"),
+    "dtype": ("float32", "bfloat16"), "grader": GRADERS, "text_only": ("refuse", "train"),
+    "log": ("", "tensorboard", "wandb"), "freeze": ("", "vision", "language"), "device": ("", "cuda", "mps", "cpu"),
 }  # fmt: skip
 
 # The values of fields that are numbers: the lowest and the highest that are allowed. These ends are far from any value that makes
@@ -144,7 +154,7 @@ RANGES = {
     "save_every": (0, MANY), "keep": (0, MANY), "samples": (1, 10**5), "prompts": (0, MANY),
     "temperature": (0.01, 100), "top_p": (0.001, 1), "k": (0.0001, 1), "beta_min": (0, 10), "beta_max": (0, 10),
     "lr": (1e-12, 1), "weight_decay": (0, 1), "max_grad_norm": (1e-6, 1e9), "clip_low": (0, 0.999), "clip_high": (0, 100),
-    "dual_clip": (1.001, 1000), "entropy_penalty": (0, 10),
+    "dual_clip": (1.001, 1000), "entropy_penalty": (0, 10), "lora_rank": (0, 10**4),
 }  # fmt: skip
 
 
@@ -158,7 +168,8 @@ def check_fields(cfg):
     for name, (low, high) in RANGES.items():
         value = values.get(name)
         if value is not None and not low <= value <= high:  # nan fails every comparison
-            raise ValueError(f"--{name} must be from {low:,} to {high:,}, got {value}")
+            note = " (0, the default, trains the model's own weights)" if name == "lora_rank" else ""
+            raise ValueError(f"--{name} must be from {low:,} to {high:,}, got {value}{note}")
     for name, value in values.items():
         if isinstance(value, str) and any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):
             raise ValueError(f"--{name} {value!r} is no text in UTF-8")
@@ -177,6 +188,8 @@ def check(cfg):
         (0 < cfg.beta_min <= 1 or cfg.beta_max is not None, f"--beta_min must be in (0, 1] when beta_max is dynamic, got {cfg.beta_min}"),
         (cfg.updates_per_rollout <= cfg.prompts_per_step,
          f"--updates_per_rollout {cfg.updates_per_rollout} exceeds --prompts_per_step {cfg.prompts_per_step}"),
+        (cfg.lora_rank or not cfg.lora_merge, "--lora_merge needs --lora_rank: without an adapter every checkpoint is an ordinary model folder"),
+        (not (cfg.lora_rank and cfg.freeze), f"--freeze {cfg.freeze} cannot go with --lora_rank, which freezes all weights of the model"),
     ]  # fmt: skip
     for good, sentence in rules:
         if not good:

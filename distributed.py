@@ -27,13 +27,18 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 
-def start(minutes=60):
-    """Join the other processes, if torchrun started us; returns this process's device.
+def start(device="", minutes=60):
+    """Join the other processes, if torchrun started us; returns this process's device: of the kind asked for, or else the GPU if there is one.
 
     A rank that waits `minutes` for another gives up with an error: long enough for a slow rollout, an end for a dead machine.
     """
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(device, True):
+        raise ValueError(f"--device {device}: torch {torch.__version__} finds no such GPU here, so leave the flag out or take cpu")
+    if device == "mps" and "WORLD_SIZE" in os.environ:
+        raise ValueError("--device mps runs on one process, for torch cannot exchange gradients between Apple GPUs: start without torchrun")
+    cuda = there["cuda"] and device in ("", "cuda")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device(device or "cpu")
     if cuda:
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
@@ -195,9 +200,22 @@ def clip_gradients(engine, max_norm):
     return getattr(norm, "full_tensor", lambda: norm)().item()  # full_tensor: the norm of a sharded gradient
 
 
+def offload(optimizer, away="cpu"):
+    """Keep an optimizer's states `away` but while it takes a step, so that all else has their room on the GPU. Moving changes no number."""
+
+    def move(places):
+        for parameter, state in optimizer.state.items():
+            for name in state.keys() - {"step"}:  # the two moments; sharded ones (DTensor) move shard by shard
+                state[name] = state[name].to(*places(parameter))
+
+    optimizer.register_step_pre_hook(lambda *_: move(lambda parameter: (parameter.device, parameter.dtype)))
+    optimizer.register_step_post_hook(lambda *_: move(lambda _: (away,)))
+    move(lambda _: (away,))
+
+
 def finite(policy):
-    """Whether all weights are finite numbers, on every rank: the largest of a shard is not if any of them is not."""
-    shards = [getattr(p, "to_local", lambda p=p: p)().detach() for p in policy.parameters()]
+    """Whether all trained weights are finite numbers, on every rank: the largest of a shard is not if any of them is not."""
+    shards = [getattr(p, "to_local", lambda p=p: p)().detach() for p in policy.parameters() if p.requires_grad]
     largest = torch.nn.utils.get_total_norm([shard for shard in shards if shard.numel()], torch.inf)
     return total(int(not largest.isfinite())) == 0
 

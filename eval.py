@@ -63,6 +63,8 @@ class EvalConfig:
     grader: str = option("exact", "exact or math-verify; graded is the last \\boxed{} that closes")
     responses_at_once: int = option(1024, "responses in one call of generate: memory")
     dtype: str = option("float32", "float32 or bfloat16: of computing")
+    attn_implementation: str = option("", "sdpa, eager, flash_attention_2, ...: what transformers computes attention with; default its own choice")
+    device: str = option("", "cuda, mps or cpu; default cuda if there is a GPU, else cpu")
     seed: int = option(0, "of sampling")
     output: str = option("", "folder for responses.jsonl and eval.json; default MODEL/eval-DATA-SPLIT or runs/eval-...")
     resume: bool = option(False, "go on with an evaluation that was interrupted, after the last batch that it wrote")
@@ -234,10 +236,10 @@ def main(argv=None):
     pixels = cfg.min_pixels, cfg.max_pixels
     sets = {name: benchmarks.load(name, copy, cfg.instruction, pixels) for name in benchmarks.named(cfg.benchmark)}
     dataset = next(iter(sets.values())) if sets else load_source((cfg.data, cfg.split, cfg.prompts, True), cfg)
-    device = distributed.start()
+    device = distributed.start(cfg.device)
     folder = tiny.ensure(model=cfg.model, data=cfg.data)[0] if cfg.model in tiny.NAMES and distributed.rank() == 0 else cfg.model
     folder = distributed.gather([folder])[0]
-    policy = Policy(*load(folder, device), cfg.temperature, dtype=cfg.dtype)
+    policy = Policy(*load(folder, device, attention=cfg.attn_implementation, dtype=cfg.dtype), cfg.temperature, dtype=cfg.dtype)
     policy.check_sharing(first_prompt(policy, dataset, range(len(dataset)), cfg))
     base = Path(cfg.model) if Path(cfg.model).is_dir() else Path("runs")
     output = Path(cfg.output or base / ("eval-benchmarks" if sets else f"eval-{Path(cfg.data).name}-{cfg.split}"))

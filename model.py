@@ -1,6 +1,7 @@
 """A Hugging Face vision-language model, seen the way RL needs it: prompts in, log-probabilities of given responses out.
 
     load, save   a folder in Hugging Face format <-> model and processor
+    add_adapter, freeze   which weights are trained: those of an adapter, or of a part of the model
     Policy       a model with its temperature and forbidden ids: hidden states and logits of responses
 
 Nothing here names a model family. What differs between families is found from the processor's output (which tensors an
@@ -19,7 +20,9 @@ into one sequence, in which each response sees the prompt and itself (`Policy.pa
 """
 
 import contextlib
+import importlib.util
 import json
+import re
 import signal
 import threading
 import warnings
@@ -29,6 +32,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, StaticLayer
@@ -90,12 +94,19 @@ def some(names, limit=3):
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def load(name, device="cpu", trust_remote_code=False):
+def load(name, device="cpu", trust_remote_code=False, attention="", lora_rank=0, dtype="float32"):
     """(model, processor) from a folder in Hugging Face format or a hub id; float32 weights, from safetensors only.
+
+    A folder with an adapter becomes its base model with that adapter in it, and lora_rank > 0 puts in a new one. The weights under an
+    adapter are frozen, so they are in `dtype` at once. attention: the attn_implementation of transformers.
 
     Every weight is read and none is made up. Raises ValueError with one sentence if there is no such folder or model, if it is
     not an image-text-to-text model, or if its files do not fit each other.
     """
+    adapter, name = (name, base_of(name)) if holds_adapter(name) else ("", name)
+    if (adapter or lora_rank) and not importlib.util.find_spec("peft"):
+        raise ImportError(f"{f'model {adapter!r} holds an adapter, which' if adapter else '--lora_rank'} needs: pip install peft")
+    weights = getattr(torch, dtype) if adapter or lora_rank else torch.float32
     if Path(name).is_dir() and not (Path(name) / "config.json").exists():
         raise ValueError(f"model folder '{name}' has no config.json: give a folder in Hugging Face format, or a hub id")
     where = "has a config.json that cannot be read" if Path(name).is_dir() else "is neither a local folder nor a hub id that can be read"
@@ -107,12 +118,16 @@ def load(name, device="cpu", trust_remote_code=False):
         check_before(name, config, trust_remote_code)
         processor = load_processor(name, config)
         model, found = AutoModelForImageTextToText.from_pretrained(
-            name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code,
+            name, config=config, dtype=weights, use_safetensors=True, trust_remote_code=trust_remote_code,
             output_loading_info=True, ignore_mismatched_sizes=True, generation_config=GenerationConfig(),
+            attn_implementation=attention or None,
         )  # fmt: skip
         model.generation_config = shipped_generation_config(name, config)
         check_after(model, found, processor)
-        return model.to(device), processor
+    if adapter or lora_rank:
+        with one_sentence(f"the adapter {adapter or f'of rank {lora_rank}'} cannot be put into model '{name}'"):
+            add_adapter(model, name, lora_rank, adapter)
+    return model.to(device), processor
 
 
 def check_before(name, config, trust_remote_code=False):
@@ -223,17 +238,123 @@ def time_limit(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-def save(policy, folder, weights=None):
+def save(policy, folder, weights=None, merge=False):
     """Write an ordinary Hugging Face folder: weights as safetensors, config, processor, and the shipped generation defaults.
 
+    Of a model with an adapter only the adapter is written, which names its base model; with `merge` also an ordinary folder, merged/.
     weights: the model's state dict where it does not lie in the model itself (gathered from shards).
     """
+    if hasattr(policy.model, "peft_config"):
+        weights = weights or policy.model.state_dict()
+        save_adapter(policy.model, folder, weights)
+        policy.processor.save_pretrained(folder)
+        if not merge:
+            return
+        folder, weights = Path(folder, "merged"), merged(policy.model, weights)
     policy.model.generation_config = policy.shipped_generation_config
     try:
         policy.model.save_pretrained(folder, state_dict=weights)
     finally:
         policy.model.generation_config = neutral_generation_config(policy)
     policy.processor.save_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which weights are trained: all, those of a part of the model (--freeze), or an adapter's (--lora_rank). An adapter is LoRA (arXiv
+# 2106.09685): beside a matrix W, which stays as it is, lies a product of two thin matrices, and x W' becomes x (W + 2 B A)'. A has
+# `rank` rows and B as many columns. B starts at 0, so that training starts from the model. The factor is alpha / rank, and alpha is
+# always 2 x rank here: another rank then needs no other learning rate. All linear layers of the language model get one (queries, keys,
+# values, outputs, MLP), but not its head and nothing of the vision tower.
+# ---------------------------------------------------------------------------------------------------------------------
+LORA_FACTOR = 2  # alpha / rank
+
+
+def language_layers(model):
+    """The linear layers of the language model by their names, without the head."""
+    decoder = model.get_decoder()
+    inside = {id(module) for module in decoder.modules()} if decoder is not model else set()
+    return {name: module for name, module in model.named_modules() if id(module) in inside and isinstance(module, nn.Linear)}
+
+
+def freeze(model, part):
+    """Take the weights of `part` out of training: "language" (with embeddings and head), or "vision", which is all else: tower and projector."""
+    modules = [module for module in (model.get_decoder(), model.get_output_embeddings()) if module is not model]
+    language = {id(weight) for module in modules for weight in module.parameters()}
+    chosen = [weight for weight in model.parameters() if (id(weight) in language) == (part == "language")]
+    if not chosen or len(chosen) == len(list(model.parameters())):
+        raise ValueError(f"--freeze {part}: cannot tell language from vision in a {type(model).__name__}, so leave it out")
+    for weight in chosen:
+        weight.requires_grad_(False)
+
+
+def holds_adapter(name):
+    """Whether a model's name is that of a folder with an adapter, as peft and our checkpoints write it."""
+    return Path(name, "adapter_config.json").exists()
+
+
+def base_of(folder):
+    """The name of the model that the adapter in a folder belongs to."""
+    with one_sentence(f"model folder '{folder}' has an adapter_config.json that cannot be used"):
+        base = json.loads(Path(folder, "adapter_config.json").read_text())["base_model_name_or_path"]
+        if not isinstance(base, str) or not base or holds_adapter(base):
+            raise ValueError(f"its base model {base!r} is no whole model")
+    return base
+
+
+def add_adapter(model, base, rank, folder=""):
+    """Put a new adapter into the language model's linear layers, or the one of a folder where it belongs, and freeze all else.
+
+    The linear modules are replaced in place by modules that add their part. So generation, scoring and updates, which all run `model`,
+    use the adapter without knowing of it. base: the model's name, which the adapter will carry.
+    """
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    if folder:
+        config = LoraConfig.from_pretrained(folder)
+        if config.peft_type != "LORA":
+            raise ValueError(f"it is of type {config.peft_type}, and only LORA can be read")
+    else:
+        layers = language_layers(model)
+        if not layers:
+            raise ValueError(f"no linear layer of a language model is found in a {type(model).__name__}")
+        decoder = next(name for name, module in model.named_modules() if module is model.get_decoder())
+        kinds = "|".join(sorted({name.rpartition(".")[2] for name in layers}))  # q_proj, k_proj, ...
+        base = str(Path(base).resolve()) if Path(base).exists() else base
+        targets = rf"{re.escape(decoder)}\..*\.({kinds})"
+        config = LoraConfig(r=rank, lora_alpha=LORA_FACTOR * rank, target_modules=targets, base_model_name_or_path=base)
+    inject_adapter_in_model(config, model)
+    for name, weight in model.named_parameters():
+        if ".lora_" in name:
+            weight.data = weight.data.float()  # an Adam step is lost in a bfloat16 weight
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.cast_input_dtype_enabled = False  # autocast does it, and without a float32 copy
+    if folder:
+        stored = load_file(Path(folder, "adapter_model.safetensors"))
+        found = set_peft_model_state_dict(model, stored)
+        lost = {*found.unexpected_keys, *(key for key in found.missing_keys if ".lora_" in key)}
+        lost |= {key for key, weight in stored.items() if not weight.isfinite().all()}
+        if lost:
+            raise ValueError(f"weights that are missing, left over or not finite: {some(lost)}")
+
+
+def save_adapter(model, folder, weights):
+    """Write adapter_config.json and adapter_model.safetensors, as peft does. weights: a state dict with at least the adapter's."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    model.peft_config["default"].save_pretrained(folder)
+    adapter = {f"base_model.model.{key.replace('.default.', '.')}": weight for key, weight in weights.items() if ".lora_" in key}
+    save_file({key: weight.contiguous() for key, weight in adapter.items()}, Path(folder, "adapter_model.safetensors"), {"format": "pt"})
+
+
+def merged(model, weights):
+    """The state dict of an ordinary model: W + 2 B A in place of W, A and B. It is computed in float32 and rounded to W's type."""
+    weights = dict(weights)
+    for name, module in model.named_modules():
+        if f"{name}.lora_A.default.weight" in weights:
+            A, B = (weights.pop(f"{name}.lora_{part}.default.weight").float() for part in "AB")
+            W = weights[f"{name}.base_layer.weight"]
+            weights[f"{name}.base_layer.weight"] = (W.float() + module.scaling["default"] * (B @ A)).to(W.dtype)
+    return {key.replace(".base_layer.", "."): weight for key, weight in weights.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -118,6 +118,11 @@ def generate(policy, prompts, group_size, max_new_tokens=64, temperature=1.0, to
 
     Returns a Rollout. Uses torch's global generator: seed it for the same responses again.
     """
+    if responses_at_once < group_size:  # the prompt counts as several, which share the group's responses evenly
+        copies = max(n for n in range(1, responses_at_once + 1) if group_size % n == 0)
+        repeated = [prompt for prompt in prompts for _ in range(group_size // copies)]
+        rollout = generate(policy, repeated, copies, max_new_tokens, temperature, top_p, responses_at_once, progress)
+        return replace(rollout, prompts=prompts)
     was_training = policy.training
     policy.eval()  # dropout off; and gradient checkpointing would drop the cache in train mode
     settings = GenerationConfig(

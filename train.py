@@ -5,6 +5,7 @@
     torchrun --nproc_per_node=8 train.py            the same on 8 GPUs (or 8 CPU processes); --shard where one GPU is too small
     python train.py --resume                        go on from the last checkpoint; --resume PATH from a given one
     python train.py --config FILE.json --dry_run    check and describe a run: configs/ has the paper's
+    python train.py --lora_rank 16                  train an adapter instead of the weights
     python train.py --help                          every flag, with its meaning
 
 A run writes config.json, metrics.jsonl (one object a step), samples.jsonl, checkpoints/ in Hugging Face format and, at the end,
@@ -20,6 +21,7 @@ if __name__ == "__main__":  # Ctrl-C while the libraries below are loaded: one s
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"train.py: stopped by SIGINT\n"), os._exit(130)))
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -38,14 +40,15 @@ from data import load_source, sources
 from dryrun import dry_run
 from eval import describe, evaluate
 from laptop import tiny
-from model import Policy, load
+from model import Policy, freeze, holds_adapter, load
 from prompts import first_prompt, row_at
 from report import curves
 from reward import check_grader
 from vppo import train_step
 
 PATIENCE = 10  # updates in a row without a finite gradient before a run gives up
-MEMORY = "--tokens_per_batch and --responses_at_once, or add --activation_checkpointing, --dtype bfloat16, --shard"  # what to lower
+# What to lower when memory is too small
+MEMORY = "--tokens_per_batch and --responses_at_once, or add --activation_checkpointing, --dtype bfloat16, --offload_optimizer, --shard, --lora_rank"
 
 
 def main(argv=None, *, reward=None, mask_image=None, metric=None, credit=None):
@@ -57,27 +60,33 @@ def main(argv=None, *, reward=None, mask_image=None, metric=None, credit=None):
     cfg, resume, dry = parse(argv, __doc__)
     if dry:
         return dry_run(cfg, cfg.output if resume else output_folder(cfg)) if os.environ.get("RANK", "0") == "0" else None
-    check_grader(cfg.grader)
+    check_needs(cfg)
     # Data come before the model: a bad row should not cost a model's loading time.
     train_data, val_data, test_data = (load_source(source, cfg) for source in sources(cfg))
-    device = distributed.start()
-    folder, path, model_folder, seconds_warmup = decide(cfg, resume)
+    device = distributed.start(cfg.device)
+    folder, path, model_folder, seconds_warmup = decide(cfg, resume, device)
 
     # Model and optimizer
     torch.manual_seed(cfg.seed)
-    parts = load(str(path or model_folder), "cpu" if cfg.shard else device)  # FSDP2 moves a unit at a time to the device
+    place = "cpu" if cfg.shard else device  # FSDP2 moves a unit at a time to the device
+    parts = load(str(path or model_folder), place, attention=cfg.attn_implementation, lora_rank=cfg.lora_rank, dtype=cfg.dtype)
     policy = Policy(*parts, cfg.temperature, cfg.share_prompt, cfg.dtype, cfg.static_cache).train()
+    if cfg.freeze:
+        freeze(policy.model, cfg.freeze)
     if cfg.activation_checkpointing:
         policy.model.activation_checkpointing_enable()
     engine = distributed.engine(policy, cfg.shard)
     with distributed.unsharded(policy):
         first_rows = (row_at(train_data, position, cfg.seed) for position in range(1000))
         sharing = policy.check_sharing(first_prompt(policy, train_data, first_rows, cfg))
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
     progress = {"step": 0, "position": 0, "seconds": 0.0, "bad": 0, "before": None, "threads": torch.get_num_threads(),
                 "left_out": {"prompts_too_long": 0, "bad_rows": 0}}  # fmt: skip
     if path:
         progress |= restore(policy, optimizer, path)
+    if cfg.offload_optimizer:
+        distributed.offload(optimizer)
 
     # The run's folder, and held-out accuracy before. Evaluation samples at temperature 1 from the full distribution (Section 4).
     plain = dataclasses.replace(cfg, temperature=1.0, top_p=1.0)
@@ -96,7 +105,7 @@ def main(argv=None, *, reward=None, mask_image=None, metric=None, credit=None):
         """Write a checkpoint of the steps that are done, unless there is one. Returns how many are saved."""
         nonlocal saved
         if progress["step"] > saved:
-            save_checkpoint(policy, optimizer, folder, progress | {"seconds": time.time() - start}, cfg.keep)
+            save_checkpoint(policy, optimizer, folder, progress | {"seconds": time.time() - start}, cfg.keep, cfg.lora_merge)
             saved = progress["step"]
         return saved
 
@@ -132,7 +141,7 @@ def main(argv=None, *, reward=None, mask_image=None, metric=None, credit=None):
             break
     bar.close()
     if writer:
-        writer.close()
+        (writer.finish if cfg.log == "wandb" else writer.close)()
     if leave:
         distributed.unlock(folder)
         if distributed.rank() == 0:
@@ -147,10 +156,32 @@ def main(argv=None, *, reward=None, mask_image=None, metric=None, credit=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Before the loop
 # ---------------------------------------------------------------------------------------------------------------------
-def decide(cfg, resume):
+def check_needs(cfg):
+    """Fail early where a package or a key is missing, or where the model is no whole one: before data and weights are loaded."""
+    check_grader(cfg.grader)
+    for package, flag in [("peft", "--lora_rank" if cfg.lora_rank else ""), (cfg.log, f"--log {cfg.log}" if cfg.log else "")]:
+        if flag and not importlib.util.find_spec(package):
+            raise ImportError(f"{flag} needs: pip install {package}")
+    if holds_adapter(cfg.model):
+        raise ValueError(f"--model {cfg.model} holds an adapter already, and training starts from a whole model: "
+                         "take its folder merged/ (--lora_merge), or go on with its run by --resume")  # fmt: skip
+    if cfg.log == "wandb" and os.environ.get("RANK", "0") == "0":
+        import wandb
+
+        try:
+            known = wandb.setup().settings.mode != "online" or wandb.login(prompt=False)  # init itself would ask a terminal and wait
+        except Exception as error:
+            raise ValueError(f"--log wandb: {error}") from error
+        if not known:
+            raise ValueError("--log wandb finds no key: set WANDB_API_KEY, run wandb login once, or set WANDB_MODE=offline")
+
+
+def decide(cfg, resume, device):
     """(the run's folder, the checkpoint to go on from or None, the model's folder, seconds of warm-up): rank 0 decides, all hear of it."""
     if cfg.shard and not torch.distributed.is_initialized():
         raise ValueError("--shard needs processes to split the model over: start with torchrun --nproc_per_node=N train.py --shard")
+    if cfg.offload_optimizer and device.type != "cuda":
+        raise ValueError(f"--offload_optimizer has nothing to do on {device.type}: it makes room on a CUDA GPU, so leave it out")
     if cfg.prompts_per_step < distributed.world():
         raise ValueError(f"--prompts_per_step {cfg.prompts_per_step} must be at least the number of ranks, {distributed.world()}")
     decision = None
@@ -191,9 +222,10 @@ def announce(cfg, policy, folder, model_folder, sharing, resume, path, progress)
     """
     if distributed.rank():
         return
-    size = sum(p.numel() for p in policy.parameters()) / 1e6
+    weights = list(policy.parameters())
+    size, trained = (sum(p.numel() for p in some) / 1e6 for some in (weights, [p for p in weights if p.requires_grad]))
     responses, ranks = cfg.prompts_per_step * cfg.group_size, distributed.world()
-    print(f"{cfg.method}: {model_folder} ({size:.1f} M weights, {ranks} x {policy.device.type}{', sharded' if cfg.shard else ''}) "
+    print(f"{cfg.method}: {model_folder} ({size:.1f} M weights{f', {trained:.1f} M trained' if trained < size else ''}, {ranks} x {policy.device.type}{', sharded' if cfg.shard else ''}) "
           f"on {cfg.data}, output in {folder}")  # fmt: skip
     print(f"{cfg.steps} steps x {cfg.prompts_per_step} prompts x {cfg.group_size} responses = {cfg.steps * responses} responses; "
           f"{cfg.updates_per_rollout} update(s) a step of {responses // cfg.updates_per_rollout} responses")  # fmt: skip
@@ -205,7 +237,8 @@ def announce(cfg, policy, folder, model_folder, sharing, resume, path, progress)
         print(f"the run had {progress['threads']} threads (OMP_NUM_THREADS) and now has {threads}: "
               "sums round differently, so it does not go on to the bit", file=sys.stderr)  # fmt: skip
         progress["threads"] = threads
-    need, free = 12e-3 * size, shutil.disk_usage(folder).free / 1e9  # float32 weights and two Adam states of each
+    whole = cfg.lora_merge or not cfg.lora_rank
+    need, free = 4e-3 * (size if whole else trained) + 8e-3 * trained, shutil.disk_usage(folder).free / 1e9  # float32, two Adam states
     if cfg.save_every and free < 2 * need:
         print(f"a checkpoint takes {need:.2f} GB, and the disk of {folder} has {free:.2f} GB free: make room, or --keep 1", file=sys.stderr)
 
@@ -225,16 +258,18 @@ def test(policy, test_data, plain, folder, when, reward):
 
 
 def log(folder, metrics, batch, writer):
-    """One line of metrics.jsonl, one of samples.jsonl if the step had a batch, and the same for TensorBoard."""
+    """One line of metrics.jsonl, one of samples.jsonl if the step had a batch, and the same metrics for TensorBoard or wandb."""
     if distributed.rank():
         return
     append(folder / "metrics.jsonl", metrics)
     if batch is not None:
         append(folder / "samples.jsonl", sample_of(batch, metrics["step"]))
-    if writer:
-        for name, value in metrics.items():
-            if value is not None:
-                writer.add_scalar(name, value, metrics["step"])
+    shown = {name: value for name, value in metrics.items() if value is not None}
+    if hasattr(writer, "add_scalar"):  # TensorBoard
+        for name, value in shown.items():
+            writer.add_scalar(name, value, metrics["step"])
+    elif writer:  # wandb
+        writer.log(shown, step=metrics["step"], commit=True)
 
 
 def append(file, record):
@@ -266,14 +301,28 @@ def sample_of(batch, step):
 
 
 def board(cfg, folder, step):
-    """A TensorBoard writer that forgets what an earlier life of the run wrote after `step`, or None."""
+    """A TensorBoard writer that forgets what an earlier life of the run wrote after `step`, the run at wandb, or None.
+
+    A resumed run goes on under its old id at wandb, which keeps the steps that it already has.
+    """
     if not cfg.log or distributed.rank():
         return None
-    try:
+    if cfg.log == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("--log tensorboard needs: pip install tensorboard") from error
-    return SummaryWriter(folder, purge_step=step + 1)
+
+        return SummaryWriter(folder, purge_step=step + 1)
+    import wandb
+
+    note = folder / "wandb" / "id"
+    old = note.read_text() if note.exists() else None
+    words = dict(project="vppo", name=folder.name, dir=folder, config=dataclasses.asdict(cfg))
+    try:
+        run = wandb.init(**words, id=old, resume="allow" if old else None, settings=wandb.Settings(console="off", quiet=True))
+    except Exception as error:
+        raise ValueError(f"--log wandb: {error}") from error
+    note.parent.mkdir(exist_ok=True)
+    note.write_text(run.id)
+    return run
 
 
 def watch_signals():

@@ -91,6 +91,13 @@ FLAGS = [
     Case("train.py", "--min_pixels 9 --max_pixels 5", "are no range"),
     Case("eval.py", "--min_pixels 9 --max_pixels 5", "are no range"),
     Case("eval.py", "--benchmark nothing", "benchmark.*nothing"),
+    Case("train.py", "--lora_rank -1", r"--lora_rank must be from 0 to 10,000, got -1 \(0, the default, trains the model's own weights\)"),
+    Case("train.py", "--lora_merge", "--lora_merge needs --lora_rank"),
+    Case("train.py", "--lora_rank 4 --freeze vision", "--freeze vision cannot go with --lora_rank"),
+    *(Case("train.py", f"--model ../model {flag} --model adapter", "--model adapter holds an adapter already", {"adapter/adapter_config.json": "{}"}) for flag in ("", "--lora_rank 4")),
+    Case("train.py", "--offload_optimizer", "--offload_optimizer has nothing to do on cpu"),
+    *(Case(script, "--model ../model --device cuda", "--device cuda: torch .* finds no such GPU here") for script in SCRIPTS),
+    Case("train.py", "--model ../model --attn_implementation slow", "model '../model' cannot be loaded: "),
 ]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,6 +249,7 @@ MODELS = [
     *(Case(script, "--model ./missing", "model './missing' is neither") for script in SCRIPTS),
     *(Case(script, "--model here", "model folder 'here' has no config.json", {"here": os.mkdir}) for script in SCRIPTS),
     *(Case(script, "--model=", "--model '' is unknown") for script in SCRIPTS),
+    *(Case("eval.py", "--model here", "here' has an adapter_config.json that cannot be used", {"here/adapter_config.json": text}) for text in ("", "{", "[]", "{}", '{"base_model_name_or_path": 3}')),
     *(Case(script, "--model here", "'here'", {"here/config.json": text}) for script in SCRIPTS for text in ("{", "[]", "{}", '{"model_type": "bert"}')),
 ]
 CASES = [*NUMBERS, *WORDS, *FLAGS, *CONFIGS, *RESUMES, *OUTPUTS, *DATA, *MODELS]

@@ -32,6 +32,25 @@ def test_shapes_ends_and_padding(raw_policy, prompts):
     assert rollout.attention_mask[:, L - 1].all()
 
 
+def test_never_more_responses_at_once_than_asked_for(raw_policy, prompts):
+    """A group that is too large is generated in equal parts; nearly without chance the responses are those of the whole group."""
+    generate_, sizes = raw_policy.model.generate, []
+
+    def watched(input_ids, **words):
+        sizes.append(len(input_ids))
+        return generate_(input_ids, **words)
+
+    raw_policy.model.generate = watched
+    raw_policy.model.get_output_embeddings().weight.data *= 100  # the likeliest token wins by far
+    whole = generate(raw_policy, prompts, 6, 8, temperature=0.01)
+    assert sizes == [24]
+    for limit, expected in [(12, [12] * 2), (6, [6] * 4), (5, [3] * 8), (2, [2] * 12), (1, [1] * 24)]:
+        sizes.clear()
+        rollout = generate(raw_policy, prompts, 6, 8, temperature=0.01, responses_at_once=limit)
+        assert sizes == expected and rollout.texts == whole.texts and torch.equal(rollout.response_ids, whole.response_ids)
+        assert rollout.group_size == 6 and rollout.prompts is prompts or limit > 5
+
+
 def test_cut_keeps_the_end_token_and_flags_truncation(raw_policy, prompts):
     end, pad = raw_policy.eos_ids[0], raw_policy.pad_id
     ids = torch.tensor([[9, 10, end, 11], [9, 10, 11, 12], [end, 9, end, 9], [9, 10, 11, end]])
