@@ -4,7 +4,8 @@
     python dryrun.py                                 a Markdown table of memory for Qwen2.5-VL 3B, 7B and 32B, and the tiny model
 
 A dry run prints every field that differs from its default, the batch arithmetic, the steps in epochs and what will be downloaded.
-For several numbers of GPUs it prints the memory that each of them needs, and the flags to turn where an 80 GB card is too small.
+For several numbers of GPUs it prints the memory that each of them needs, the smallest card that has it, and the flags to turn where an
+80 GB card is too small.
 A config that cannot run is a ValueError of one sentence. A dry run cannot see whether the hub has a model or data set of that name,
 nor what the rows of a data set look like that is not on this machine.
 
@@ -24,13 +25,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, Idefics3Config, Qwen2_5_VLConfig, Qwen3VLConfig
 
 import distributed
 from config import Config
 from data import load_source, sources
 from laptop import tiny
 from laptop.scenes import REGIMES
+from model import freeze, language_layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,7 +48,18 @@ def count_parameters(config):
     return total, total - sum(units), max(units, default=0)
 
 
-def layer_bytes(hidden, query, intermediate, context, bf16):
+def count_trained(config, lora_rank=0, part=""):
+    """How many weights are trained: an adapter's, those outside the frozen part (--freeze), or all."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    if lora_rank:
+        return sum(lora_rank * (layer.in_features + layer.out_features) for layer in language_layers(model).values())
+    if part:
+        freeze(model, part)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def layer_bytes(hidden, query, intermediate, context, bf16, lora_rank=0):
     """Bytes a token leaves in one transformer layer for the backward pass. query: heads x head size; b: 2 with bf16, else 4.
 
         16 hidden             two RMSNorms keep their input and their normalised input in float32
@@ -56,7 +69,12 @@ def layer_bytes(hidden, query, intermediate, context, bf16):
         b context             the token's row of the attention mask
 
     Attention is taken to be a fused kernel (sdpa), which keeps no scores. FSDP's own bf16 keeps 10 bytes x hidden less.
+
+    Under an adapter the layer's own weights have no gradient. So a norm keeps its input alone (8 hidden), and the inputs of q, k, v, gate
+    and up are in the weights' type already (b 2 hidden). Each of the seven A leaves its output for B: b 7 rank.
     """
+    if lora_rank:
+        return 8 * hidden + (2 if bf16 else 4) * (2 * hidden + 4 * query + 4 * intermediate + context + 7 * lora_rank)
     return 16 * hidden + (2 if bf16 else 4) * ((5 if bf16 else 2) * hidden + 4 * query + 4 * intermediate + context)
 
 
@@ -64,12 +82,13 @@ def memory_per_gpu(
     config, gpus=1, shard=False, image_tokens=1024, text_tokens=256, response_tokens=2048, group_size=Config.group_size,
     tokens_per_batch=Config.tokens_per_batch, responses_at_once=Config.responses_at_once, k=Config.k,
     bf16=True, activation_checkpointing=False, share_prompt=Config.share_prompt, exact_entropy=False, weights=None,
+    lora_rank=0, freeze="", offload_optimizer=False, trained=None,
 ):  # fmt: skip
     """GiB on one GPU: {"rollout": {part: GiB, ..., "total"}, "score": .., "update": .., "peak": largest total}.
 
     config: a transformers image-text-to-text config. shard: FSDP over `gpus`; False: a replica on each. bf16: compute in it,
     over float32 weights. image_tokens + text_tokens: a prompt. k: share of response tokens with a gradient (without TGF, or
-    with an entropy penalty: 1). exact_entropy: that penalty in its exact form. weights: count_parameters(config), if known.
+    with an entropy penalty: 1). exact_entropy: that penalty in its exact form. weights, trained: count_parameters and count_trained, if known.
     The others are fields of Config, per GPU. An upper bound: responses have full length, batches are full,
     and what autocast copied stays to the end of the update.
     """
@@ -77,13 +96,14 @@ def memory_per_gpu(
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     layers, query = text.num_hidden_layers, text.num_attention_heads * head_size
     prompt, length = image_tokens + text_tokens, image_tokens + text_tokens + response_tokens
-    cached = 4 if bf16 and not shard else b  # autocast leaves rotated keys and values in float32
+    cached = 4 if bf16 and not (shard or lora_rank) else b  # autocast leaves rotated keys and values of float32 weights in float32
     kv_cache = layers * 2 * text.num_key_value_heads * head_size * cached * length  # bytes a response
-    outer = 4 * text.hidden_size  # a layer's input, bytes a token, float32
-    inner = layer_bytes(text.hidden_size, query, text.intermediate_size, length, bf16)
+    outer = (b if lora_rank else 4) * text.hidden_size  # a layer's input, bytes a token, float32 but under bfloat16 weights
+    inner = layer_bytes(text.hidden_size, query, text.intermediate_size, length, bf16, lora_rank)
     # The vision tower by the same formula, per prompt; where patches are merged, several make one image token.
     depth = getattr(vision, "depth", None) or vision.num_hidden_layers
-    width, patches = vision.hidden_size, image_tokens * getattr(vision, "spatial_merge_size", 1) ** 2
+    merged = getattr(vision, "spatial_merge_size", None) or getattr(config, "scale_factor", 1)  # patches of an image token's side
+    width, patches = vision.hidden_size, image_tokens * merged**2
     tower_outer = patches * 4 * width
     tower_inner = patches * layer_bytes(width, width, getattr(vision, "intermediate_size", 4 * width), 0, bf16)
 
@@ -95,13 +115,17 @@ def memory_per_gpu(
             return max(tokens * (inner + outer), runs * (tower_inner + tower_outer))
         packs = share and (shard or keep == "inputs")  # Policy.path: the group in one row, which sees all of it through a mask
         row = tokens // prompts if packs else length
-        layer = layer_bytes(text.hidden_size, query, text.intermediate_size, row, bf16)
+        layer = layer_bytes(text.hidden_size, query, text.intermediate_size, row, bf16, lora_rank)
         mask = tokens * 4 * row if packs else 0  # float32, made once
         if keep == "inputs":  # those of all layers, and one layer run again for its backward pass
-            return tokens * (layers * outer + layer) + mask + runs * (depth * tower_outer + tower_inner)
-        # On a cache each response has a copy of the prompt's keys and values, repeated for all query heads.
-        copies = layers * responses * prompt * 2 * query * b if share and not packs else 0
-        return tokens * layers * layer + mask + runs * depth * tower_inner + copies
+            body, tower = tokens * (layers * outer + layer) + mask, runs * (depth * tower_outer + tower_inner)
+        else:
+            # On a cache each response has a copy of the prompt's keys and values, repeated for all query heads.
+            copies = layers * responses * prompt * 2 * query * b if share and not packs else 0
+            body, tower = tokens * layers * layer + mask + copies, runs * depth * tower_inner
+        if lora_rank or freeze == "vision":  # the tower has no gradient and keeps nothing: it runs layer by layer, before the body
+            return max(body, runs * (tower_inner + tower_outer))
+        return body + tower
 
     # As Rollout.micro_batches cuts: whole groups or, where not even one fits, some responses of one.
     groups = tokens_per_batch // (prompt + group_size * response_tokens)
@@ -109,16 +133,21 @@ def memory_per_gpu(
     prompts, responses = (groups, groups * group_size) if groups else (1, alone)
     tokens = responses * response_tokens
     prefilled = max(1, responses_at_once // group_size)  # prompts in one call of generate
-    generated = prefilled * group_size
+    generated = prefilled * max(n for n in range(1, min(group_size, responses_at_once) + 1) if group_size % n == 0)
     keep = "inputs" if activation_checkpointing else "all"
 
     total, root, unit = weights or count_parameters(config)
-    own = total / gpus if shard else total
-    fixed = {"parameters": 4 * own, "adam": 8 * own}
-    fixed["ddp buckets"] = 4 * total if gpus > 1 and not shard else 0  # a second copy of the gradients, to exchange them
+    trained = trained or (count_trained(config, lora_rank, freeze) if lora_rank or freeze else total)
+    # An adapter's float32 weights lie beside the model's, which are in the compute type already, so that nothing is to be cast there.
+    copied = trained if lora_rank else total
+    if lora_rank:
+        unit, total = unit + trained / layers, total + trained
+    share_of = 1 / gpus if shard else 1
+    fixed = {"parameters": share_of * (b * (total - trained) + 4 * trained if lora_rank else 4 * total), "adam": 8 * share_of * trained}
+    fixed["ddp buckets"] = 4 * trained if gpus > 1 and not shard else 0  # a second copy of the gradients, to exchange them
     # Weights in the compute type beside the float32 ones: autocast copies all; FSDP gathers all to generate and to score, in an
     # update the root, a layer and the next.
-    whole = b * total if shard or bf16 else 0
+    whole = b * total if shard else b * copied if bf16 else 0
     gathered = b * (root + 2 * unit) if shard else whole
     row = 4 * text.vocab_size  # a token's logits, float32
     chunk = min(tokens, max(1, 2**24 // text.vocab_size))  # dependency.score_tokens
@@ -134,13 +163,16 @@ def memory_per_gpu(
             "logits": 8 * chunk * row,  # logits, p and log p of both images, and the terms of the KL
         },
         "update": {
-            "gradients": 4 * own,  # freed before the next rollout; fused AdamW works in place
-            "compute weights": gathered, "unsharded gradients": b * (root + unit) if shard else 0,
+            "gradients": 4 * share_of * trained,  # freed before the next rollout; fused AdamW works in place
+            "compute weights": gathered, "unsharded gradients": b * (trained / layers if lora_rank else root + unit) if shard else 0,
             "activations": activations(prompts, responses, tokens, share_prompt, keep),
             # The kept tokens' logits and three tensors in the backward pass; an entropy keeps p, log p and another.
             "logits": (7 if exact_entropy else 4) * -(-tokens * k // 1) * row,
         },
     }  # fmt: skip
+    if offload_optimizer:  # Adam's states are there only in the optimizer's step, when the backward pass has freed its activations
+        freed = phases["update"]["activations"] + phases["update"]["logits"]
+        phases["rollout"]["adam"], phases["score"]["adam"], phases["update"]["adam"] = 0, 0, max(0, fixed["adam"] - freed)
     result = {phase: {part: size / 2**30 for part, size in (fixed | parts).items()} for phase, parts in phases.items()}
     for sizes in result.values():
         sizes["total"] = sum(sizes.values())
@@ -171,6 +203,7 @@ def qwen(text, tied, vision, **work):
 # The dry run
 # ---------------------------------------------------------------------------------------------------------------------
 CARD = 80e9  # bytes of the paper's GPUs: 74.5 GiB
+CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180)  # GB of the cards there are
 GPUS = (1, 2, 4, 8, 16, 32)
 ROWS = {"chamber111/VPPO_ViRL39K_train": 38_870, "hiyouga/geometry3k": 2_101}  # training rows, as published
 
@@ -182,6 +215,12 @@ KNOWN["Qwen/Qwen3-VL-8B-Instruct"] = Qwen3VLConfig(
     vision_config=dict(depth=27, hidden_size=1152, num_heads=16, intermediate_size=4304, out_hidden_size=4096,
                        patch_size=16),
     tie_word_embeddings=False,
+)  # fmt: skip
+KNOWN["HuggingFaceTB/SmolVLM-256M-Instruct"] = Idefics3Config(
+    text_config=dict(model_type="llama", hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
+                     intermediate_size=1536, vocab_size=49280),
+    vision_config=dict(num_hidden_layers=12, hidden_size=768, num_attention_heads=12, intermediate_size=3072, image_size=512, patch_size=16),
+    scale_factor=4, tie_word_embeddings=False,
 )  # fmt: skip
 
 
@@ -213,7 +252,7 @@ def dimensions(name, data):
     return config, source
 
 
-def memory_of(cfg, config, weights, gpus):
+def memory_of(cfg, config, weights, trained, gpus):
     """memory_per_gpu of a Config. Prompts are as long as --max_prompt_tokens lets them be, and all image."""
     prompt = LAPTOP[cfg.data] if cfg.data in LAPTOP else dict(image_tokens=cfg.max_prompt_tokens, text_tokens=0)
     every = cfg.entropy_penalty or cfg.soft or not cfg.has("tgf")  # all tokens get logits in the update: vppo.update
@@ -221,7 +260,8 @@ def memory_of(cfg, config, weights, gpus):
         config, gpus, cfg.shard, response_tokens=cfg.max_new_tokens, group_size=cfg.group_size,
         tokens_per_batch=cfg.tokens_per_batch, responses_at_once=cfg.responses_at_once, k=1 if every else cfg.k,
         bf16=cfg.dtype == "bfloat16", activation_checkpointing=cfg.activation_checkpointing, share_prompt=cfg.share_prompt,
-        exact_entropy=cfg.entropy_penalty > 0 and cfg.entropy_form == "exact", weights=weights, **prompt,
+        exact_entropy=cfg.entropy_penalty > 0 and cfg.entropy_form == "exact", weights=weights, trained=trained,
+        lora_rank=cfg.lora_rank, freeze=cfg.freeze, offload_optimizer=cfg.offload_optimizer, **prompt,
     )  # fmt: skip
 
 
@@ -232,7 +272,7 @@ def remedy(cfg, peak):
     """
     small = {"responses_at_once": cfg.group_size, "tokens_per_batch": cfg.max_prompt_tokens + cfg.max_new_tokens}
     small = {name: value for name, value in small.items() if value < getattr(cfg, name)}
-    flags = {"dtype": "bfloat16", "shard": True, "activation_checkpointing": True}
+    flags = {"dtype": "bfloat16", "shard": True, "activation_checkpointing": True, "offload_optimizer": True}
     flags = {name: value for name, value in flags.items() if getattr(cfg, name) != value} | small
     tried = [dict(chosen) for number in range(len(flags) + 1) for chosen in itertools.combinations(flags.items(), number)]
     for chosen in tried:
@@ -267,7 +307,7 @@ def dry_run(cfg, folder):
         most = prompts * cfg.max_rounds
         print(f"         dynamic sampling of up to {cfg.max_rounds} rounds: up to {most:,} prompts{epochs(most, rows)}")
     print(f"data     {', '.join(hub)}: from the hub, unless cached" if hub else f"data     {cfg.data}: here, nothing to download")
-    needed = {"datasets": bool(hub), "math_verify": cfg.grader == "math-verify", "tensorboard": cfg.log}
+    needed = {"datasets": bool(hub), "math_verify": cfg.grader == "math-verify", "peft": cfg.lora_rank, cfg.log or "tensorboard": cfg.log}
     missing = [name.replace("_", "-") for name, use in needed.items() if use and not importlib.util.find_spec(name)]
     if missing:
         print(f"missing  on this machine: pip install {' '.join(missing)}")
@@ -275,12 +315,20 @@ def dry_run(cfg, folder):
         print(f"model    {cfg.model}: {source}, so its memory cannot be estimated")
         return
     weights = count_parameters(config)
-    total = weights[0] / 1e9
+    trained = count_trained(config, cfg.lora_rank, cfg.freeze) if cfg.lora_rank or cfg.freeze else weights[0]
+    total, moving = weights[0] / 1e9, trained / 1e9
     download = f"{2 * total:.1f} GB in bfloat16 from the hub, unless cached" if is_hub_id(cfg.model) else "no download"
     print(f"model    {cfg.model}: {total:.3f} billion weights ({source}); {download}")
-    print(f"host     {4 * total:.1f} GB of CPU memory for each rank of a machine to read float32 weights")
-    print(f"         {12 * total:.1f} GB a checkpoint, on disk and first in the CPU memory of rank 0")
-    memory_table(cfg, lambda cfg, gpus: memory_of(cfg, config, weights, gpus), sorted({*GPUS, ranks}))
+    kind, size = (cfg.dtype, 2 if cfg.dtype == "bfloat16" else 4) if cfg.lora_rank else ("float32", 4)
+    if trained < weights[0]:
+        what = f"of an adapter of rank {cfg.lora_rank}" if cfg.lora_rank else f"all but those of {cfg.freeze}"
+        print(f"trained  {moving:.3f} billion weights, {what}, in float32; the others stay as they are, in {kind}")
+    print(f"host     {size * total:.1f} GB of CPU memory for each rank of a machine to read {kind} weights")
+    saved = 8 * moving + (4 * moving + size * total * cfg.lora_merge if cfg.lora_rank else 4 * total)
+    print(f"         {saved:.1f} GB a checkpoint, on disk and first in the CPU memory of rank 0")
+    if cfg.offload_optimizer:
+        print(f"         {8 * moving:.1f} GB for optimizer states, {'of all ranks together' if cfg.shard else 'for each rank'}")
+    memory_table(cfg, lambda cfg, gpus: memory_of(cfg, config, weights, trained, gpus), sorted({*GPUS, ranks}))
 
 
 def memory_table(cfg, memory, counts):
@@ -289,7 +337,7 @@ def memory_table(cfg, memory, counts):
     print(f"\nGiB per GPU, estimated, not measured: prompts {size}, responses of {cfg.max_new_tokens}.")
     print("Prompts, responses and responses of an update are those of the busiest GPU.\n")
     print("| GPUs | prompts | responses | per update | rollout | score | update | peak | fits 80 GB |\n" + "|---" * 9 + "|")
-    fitting = []
+    fitting, cards = [], {}
     for gpus in counts:
         prompts = -(-cfg.prompts_per_step // gpus)
         if cfg.prompts_per_step < gpus:
@@ -298,11 +346,14 @@ def memory_table(cfg, memory, counts):
         sizes = memory(cfg, gpus)
         fits = remedy(cfg, lambda changed: memory(changed, gpus)["peak"])
         fitting += [str(gpus)] if fits == "yes" else []
+        card = next((f"{card} GB" for card in CARDS if sizes["peak"] * 2**30 <= card * 1e9), "none")
+        cards.setdefault(card, []).append(str(gpus))
         cells = [gpus, prompts, prompts * cfg.group_size, -(-prompts // cfg.updates_per_rollout) * cfg.group_size]
         cells += [f"{sizes[phase]['total']:.1f}" for phase in ("rollout", "score", "update")]
         cells += [f"{sizes['peak']:.1f}", fits]
         print("| " + " | ".join(map(str, cells)) + " |")
     print(f"\nFits 80 GB cards as it stands on: {', '.join(fitting) or 'none of these numbers of'} GPU(s)")
+    print("Smallest card that holds it: " + "; ".join(f"{card} on {', '.join(counts)} GPU(s)" for card, counts in cards.items()))
 
 
 def epochs(prompts, rows):

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLConfig
 
 import dryrun
-from dryrun import MODELS, count_parameters, layer_bytes, memory_per_gpu, qwen
+from dryrun import MODELS, count_parameters, count_trained, layer_bytes, memory_per_gpu, qwen
+from model import add_adapter
 from rollout import Rollout
 
 GIB = 2**30
@@ -95,6 +96,50 @@ def test_compute_weights():
         assert in_bytes(sizes["update"])["unsharded gradients"] == gradients
 
 
+# Weights of `small` that an adapter of rank 1 has: in each of two layers q and o 8 + 8, k and v 8 + 4, gate, up and down 8 + 16.
+RANK = 2 * (2 * 16 + 2 * 12 + 3 * 24)  # 256
+
+
+def test_trained_weights_by_hand():
+    vision = TOWER + 9408 + (8 + 1056 + 264)
+    assert count_trained(small()) == TOTAL and count_trained(small(), lora_rank=5) == 5 * RANK
+    assert count_trained(small(), part="vision") == TOTAL - vision and count_trained(small(), part="language") == vision
+
+
+def test_an_adapter_takes_16_bytes_a_weight_and_the_model_2():
+    rank, moving = 3, 3 * RANK
+    for bf16, size in ((True, 2), (False, 4)):
+        for gpus, shard in ((1, False), (4, False), (4, True)):
+            sizes = memory_per_gpu(small(), gpus, shard, lora_rank=rank, bf16=bf16, **WORK)
+            parts, share = in_bytes(sizes["update"]), gpus if shard else 1
+            assert parts["parameters"] == (size * TOTAL + 4 * moving) / share
+            assert (parts["gradients"], parts["adam"]) == (4 * moving / share, 8 * moving / share)
+            assert parts["ddp buckets"] == (4 * moving if gpus > 1 and not shard else 0)
+            # autocast copies the adapter alone, for the rest is bfloat16 already; FSDP gathers all
+            assert in_bytes(sizes["rollout"])["compute weights"] == (size * (TOTAL + moving) if shard else 2 * moving if bf16 else 0)
+
+
+def test_a_frozen_part_has_no_gradient_and_no_states():
+    sizes = in_bytes(memory_per_gpu(small(), freeze="vision", **WORK)["update"])
+    language = 2 * LAYER + 2 * 256 + 8
+    assert (sizes["parameters"], sizes["gradients"], sizes["adam"]) == (4 * TOTAL, 4 * language, 8 * language)
+    whole = in_bytes(memory_per_gpu(small(), **WORK)["update"])
+    assert whole["activations"] - sizes["activations"] == 6400  # what the tower kept for its backward pass
+
+
+def test_offloaded_states_are_there_in_the_optimizers_step_alone():
+    config, work = qwen(**MODELS["7B"])
+    here, away = (memory_per_gpu(config, 8, True, offload_optimizer=away, **work) for away in (False, True))
+    for phase in ("rollout", "score"):
+        assert away[phase]["adam"] == 0 and here[phase]["total"] - away[phase]["total"] == pytest.approx(here[phase]["adam"])
+    update = away["update"]
+    step = update["total"] - update["activations"] - update["logits"]  # while the optimizer takes its step
+    assert update["total"] == pytest.approx(max(here["update"]["total"] - here["update"]["adam"], step - update["adam"] + here["update"]["adam"]))
+    tight = memory_per_gpu(small(), offload_optimizer=True, **WORK)["update"]  # few tokens: the step takes the most
+    parts = in_bytes(tight)
+    assert 0 < parts["adam"] < 8 * TOTAL and parts["total"] == 16 * TOTAL + 2 * TOTAL  # weights, gradients, states; bfloat16 copies
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What grows with tokens
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,6 +155,12 @@ def test_kv_cache_and_logits_by_hand():
     assert in_bytes(sizes["update"])["logits"] == 4 * 8 * 128
     assert in_bytes(sizes["score"])["logits"] == 8 * 20 * 128
     assert in_bytes(sizes["rollout"])["logits"] == 4 * 4 * 128
+
+
+def test_no_more_responses_than_are_generated_at_once():
+    for limit, responses in ((7, 6), (4, 4), (3, 2), (1, 1)):  # groups of two: three, two, one, half of one
+        sizes = memory_per_gpu(small(), **WORK | dict(responses_at_once=limit))
+        assert in_bytes(sizes["rollout"])["kv cache"] == responses * 1024
 
 
 def test_scoring_never_holds_more_than_a_chunk_of_logits():
@@ -158,13 +209,19 @@ def test_more_tokens_never_take_less(name):
     assert peaks[0]["peak"] <= peaks[1]["peak"] <= peaks[2]["peak"]
 
 
+@pytest.mark.parametrize("rank", [0, 5, 21])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_formula_is_what_autograd_keeps(bf16):
+def test_formula_is_what_autograd_keeps(bf16, rank):
     """Bytes kept for the backward pass by a model of two layers less those of one, divided by tokens."""
+    if rank:
+        pytest.importorskip("peft")
     hidden, heads, intermediate, B, T = 64, 8, 176, 3, 40
 
     def kept(layers):
-        model = AutoModelForImageTextToText.from_config(small(layers, hidden, heads, intermediate)).train()
+        dtype = torch.bfloat16 if bf16 and rank else torch.float32
+        model = AutoModelForImageTextToText.from_config(small(layers, hidden, heads, intermediate), dtype=dtype).train()
+        if rank:
+            add_adapter(model, "", rank)
         shapes = [p.shape for p in model.parameters()]
         weights = {*shapes, *(shape[::-1] for shape in shapes)}  # the second: autocast's copies, transposed
         storages = {}
@@ -184,7 +241,7 @@ def test_formula_is_what_autograd_keeps(bf16):
 
     measured = (kept(3) - kept(2)) / (B * T)
     # The formula leaves out a number a norm and a head, float32.
-    assert measured == pytest.approx(layer_bytes(hidden, hidden, intermediate, T, bf16) + 4 * (2 + heads), rel=0.002)
+    assert measured == pytest.approx(layer_bytes(hidden, hidden, intermediate, T, bf16, rank) + 4 * (2 + heads), rel=0.002)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
