@@ -8,6 +8,7 @@ rounding. With bfloat16 they differ, for autocast has another list of operators 
 """
 
 import functools
+import importlib.util
 import inspect
 import json
 import math
@@ -310,7 +311,8 @@ def checkpoint(folder):
     states = torch.load(path / "trainer.pt", weights_only=True)["optimizer"]["state"]
     flat = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return load_file(path / "model.safetensors") | flat, [{k: v for k, v in line.items() if "seconds" not in k} for line in lines]
+    file = next(path.glob("*model.safetensors"))  # of an adapter adapter_model.safetensors
+    return load_file(file) | flat, [{k: v for k, v in line.items() if "seconds" not in k} for line in lines]
 
 
 def resumed(folder, again):
@@ -320,9 +322,13 @@ def resumed(folder, again):
     return checkpoint(again)
 
 
+needs_peft = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="needs: pip install peft")
+
+
 @on_gpu
-def test_a_run_is_saved_and_resumed_to_the_bit(start, capsys):
-    train.main([*RUN, *TESTED, "--model", start, "--output", "whole"], reward=half_right)
+@pytest.mark.parametrize("flags", ["", "--offload_optimizer", pytest.param("--lora_rank 4", marks=needs_peft)])
+def test_a_run_is_saved_and_resumed_to_the_bit(flags, start, capsys):
+    train.main([*RUN, *(UNTESTED if flags else TESTED), *flags.split(), "--model", start, "--output", "whole"], reward=half_right)
     assert "1 x cuda" in capsys.readouterr().out
     (tensors, metrics), (expected, expected_metrics) = resumed("whole", "again"), checkpoint("whole")
     assert {tensor.device.type for tensor in expected.values()} == {"cpu"} and any("exp_avg" in name for name in expected)
