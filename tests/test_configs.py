@@ -158,6 +158,14 @@ def test_the_smallest_card_by_hand(capsys, workplace):
         assert said[gpus] == str(next(card for card in cards if float(cells[6]) * 2**30 <= card * 1e9))
 
 
+def test_the_page_on_clusters_has_these_peaks_and_they_fit(capsys, workplace):
+    rows = re.findall(r"^\| `configs/(.*)\.json` \| .* \| (\d+) x (\d+) GB \| ([\d.]+) GiB \|$", (ROOT / "docs" / "cluster.md").read_text(), flags=re.M)
+    assert {name for name, *_ in rows} == set(EXPECTED)
+    for name, gpus, card, peak in rows:
+        assert table(described(capsys, "--config", str(ROOT / "configs" / f"{name}.json")))[int(gpus)][6] == peak
+        assert float(peak) * 2**30 <= int(card) * 1e9
+
+
 def test_states_wait_in_cpu_memory_but_for_the_update(capsys, workplace):
     flags = ["--config", str(ROOT / "configs" / "qwen2.5-vl-7b.json")]
     here, away = (table(described(capsys, *flags, *more))[8] for more in ([], ["--offload_optimizer"]))
