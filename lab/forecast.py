@@ -66,18 +66,6 @@ class Flags(Config):
 # ---------------------------------------------------------------------------------------------------------------------
 # Gradients
 # ---------------------------------------------------------------------------------------------------------------------
-def token_kinds(task, words):
-    """The kinds of a response's tokens, one each.
-
-    First words are those up to the first reading, because they decide whether the policy looks. In a response that reads nothing they
-    end at its first token of content, which is its guess.
-    """
-    found = [runs.token_kind(task, word) for word in words]
-    content = [i for i, kind in enumerate(found) if kind not in ("fillers", "positions")]
-    begin = found.index("digits read") if "digits read" in found else min(content, default=len(found))
-    return ["first words"] * begin + found[begin:]
-
-
 def weights_of(batch, cfg, policy):
     """[(token weights (B, T), advantages (B,))] of METHODS, and with --kinds of KINDS, whose weights add up to DAPO's."""
     result = []
@@ -88,7 +76,7 @@ def weights_of(batch, cfg, policy):
         mask, tokenizer, task = batch.rollout.response_mask, policy.processor.tokenizer, tiny.task_of(cfg.data)
         numbers = torch.full(mask.shape, -1)
         for row, ids in enumerate(batch.rollout.response_ids):
-            kinds = token_kinds(task, [tokenizer.decode([i]) for i in ids[mask[row]]])
+            kinds = runs.token_kinds(task, [tokenizer.decode([i]) for i in ids[mask[row]]])
             numbers[row, : len(kinds)] = torch.tensor([KINDS.index(kind) for kind in kinds])
         result += [((numbers == k).to(mask.device), result[0][1]) for k in range(len(KINDS))]
     return result
@@ -218,15 +206,16 @@ def noise_scale(triple):
 
 
 def verdict(triple, signal):
-    """What an interval of progress says beside DAPO: "faster" or "slower". It says nothing where DAPO's own signal may be 0."""
-    return UNTOLD if signal[1] <= 0 or triple[1] <= 1 <= triple[2] else "faster" if triple[1] > 1 else "slower"
+    """What an interval of progress, as it is printed, says beside DAPO: "faster" or "slower"; nothing where DAPO's own signal may be 0."""
+    low, high = round(triple[1], 2), round(triple[2], 2)
+    return UNTOLD if signal[1] <= 0 or low <= 1 <= high else "faster" if low > 1 else "slower"
 
 
-def needed(groups, triple, null):
-    """About how many groups would make an interval around this estimate exclude `null`: its width shrinks with their square root."""
+def needed(groups, triple, null, margin=0.0):
+    """About how many groups would keep an interval off `null` by `margin`, if the estimate stays: its width shrinks with their square root."""
     estimate, low, high = triple
     reach = estimate - low if estimate > null else high - estimate
-    number = groups * (reach / max(abs(estimate - null), 1e-9)) ** 2
+    number = groups * (reach / max(abs(estimate - null) - margin, 1e-9)) ** 2
     return f"about {float(f'{number:.2g}'):,.0f}" if number < 100 * groups else f"more than {100 * groups:,}"
 
 
@@ -241,7 +230,7 @@ def sentences(e, groups, b):
         progress = e[name]["progress"]
         told, times = verdict(progress, signal), f"{cell(progress)} times DAPO's in a step of {b} groups"
         if told == UNTOLD:
-            more = f"{needed(groups, progress, 1)} groups would be needed"
+            more = f"{needed(groups, progress, 1, 0.005)} groups would be needed"
             yield f"Whether {name} progresses faster or slower than DAPO cannot be told: {times}; {more}."
         else:
             yield f"{name} is predicted to progress {told} than DAPO: {times}."
@@ -269,7 +258,7 @@ def report(e, facts, b):
              f"In brackets 95 % intervals. Noise scale in groups; progress in a step of {b} groups.", table(*methods)]  # fmt: skip
     parts.append("\n".join(f"* {sentence}" for sentence in sentences(e, facts["groups"], b)))
     if len(kinds) > 1:
-        parts += ["The plain gradient by kind of token: shares that add up to 1, and DAPO's progress if the kind is left out.", table(*kinds)]
+        parts += ["By kind of token: shares of the plain gradient, and DAPO's progress if the kind is left out.", table(*kinds)]
     return "\n\n".join(parts)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from forecast_worker import LARGE
-from processes import ONE_THREAD, python
+from processes import ONE_THREAD, ROOT, python
 
 import model
 from lab import forecast
@@ -23,9 +23,9 @@ from lab.forecast import (
     measure,
     needed,
     report,
-    token_kinds,
     weights_of,
 )
+from lab.runs import token_kinds
 from lab.sketch import SIZE, Tally, moments, sketch
 from laptop import digits, scenes, tiny
 from model import Policy
@@ -123,7 +123,7 @@ def synthetic(g, groups, tally):
 
 
 def test_estimates_are_right_and_intervals_cover():
-    """Gaussian gradients of known mean and covariance: TAS doubles, TGF and 80/20 keep some weights, "random" is half signal, half noise."""
+    """Gaussian gradients of known mean and covariance: TAS doubles, TGF and 80/20 keep some weights, "random" is half noise."""
     generator, size, N, b, scale, runs = torch.Generator().manual_seed(0), 30, 320, 16, 60, 60
     spread = torch.linspace(2, 0.2, size).double()
     mu = torch.ones(size).double() * spread.norm() / (scale * size) ** 0.5
@@ -135,7 +135,7 @@ def test_estimates_are_right_and_intervals_cover():
     trace = lambda part: (part * spread).square().sum()  # noqa: E731
     truth = {"TGF": progress(keep, trace(keep)), "80/20": progress(few, trace(few)), "random": progress(whole / 2, trace(whole) / 2)}
     truth = {name: value / progress(whole, trace(whole)) for name, value in truth.items()} | {"TAS": 1.0}
-    hits, told, signals, dropped, cosine = {name: 0 for name in truth}, 0, [], [], []
+    hits, told, signals, dropped, cosine = dict.fromkeys(truth, 0), 0, [], [], []
     for _ in range(runs):
         z, other = torch.randn(2, N, size, generator=generator, dtype=torch.float64) * spread
         g = z + mu
@@ -285,6 +285,8 @@ def test_words():
     signal = [0.01, 0.002, 0.02]
     assert forecast.verdict([1.2, 1.1, 1.3], signal) == "faster" and forecast.verdict([0.8, 0.7, 0.99], signal) == "slower"
     assert forecast.verdict([1.2, 0.9, 1.5], signal) == forecast.verdict([1.2, 1.1, 1.3], [0.01, -0.001, 0.02]) == UNTOLD
+    assert forecast.verdict([0.9, 0.8, 0.996], signal) == UNTOLD  # printed, it reaches 1.00
+    assert needed(100, [0.9, 0.8, 0.996], 1, 0.005) == "about 100"  # a few more
     assert forecast.noise_scale([0.01, 0.005, 0.02]) == "100 [50, 200]" and forecast.noise_scale([0.01, -0.005, 0.02]) == "above 50"
     assert forecast.noise_scale([-0.01, -0.02, -0.005]) == UNTOLD
     assert needed(100, [1.2, 0.8, 1.5], 1) == "about 400" and needed(100, [0.9, 0.7, 1.2], 1) == "about 900"
@@ -371,5 +373,6 @@ def test_bad_flags(flags, word, tmp_path):
 
 
 def test_a_bad_flag_ends_the_command_with_one_sentence():
-    done = subprocess.run([*python(0), "-m", "lab.forecast", "--groups", "3"], env=ONE_THREAD, capture_output=True, text=True, cwd=Path(model.__file__).parent)
+    words = [*python(0), "-m", "lab.forecast", "--groups", "3"]
+    done = subprocess.run(words, env=ONE_THREAD, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and done.stderr.strip() == "lab.forecast: --groups must be from 16 to 1,000,000, got 3"
