@@ -275,6 +275,18 @@ def token_kind(task, word):
     )
 
 
+def token_kinds(task, words):
+    """The kinds of a response's tokens, one each.
+
+    First words are those up to the first reading, because they decide whether the policy looks. In a response that reads nothing they
+    end at its first token of content, which is its guess.
+    """
+    found = [token_kind(task, word) for word in words]
+    content = [i for i, kind in enumerate(found) if kind not in ("fillers", "positions")]
+    begin = found.index("digits read") if "digits read" in found else min(content, default=len(found))
+    return ["first words"] * begin + found[begin:]
+
+
 def ranks(values):
     """Ranks from 1, ties shared: (10, 20, 20, 30) -> (1, 2.5, 2.5, 4)."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)

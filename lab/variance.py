@@ -147,13 +147,20 @@ def estimates(t, counts):
     return result
 
 
-def intervals(t, replicates=2000):
-    """{method: {quantity: [estimate, low, high]}}: 95 % percentiles over resampled prompts, the same for all methods."""
-    Q = t["gram"].shape[1]
-    draws = torch.randint(Q, (replicates, Q), generator=torch.Generator().manual_seed(0))
-    counts = torch.cat([torch.ones(1, Q), torch.nn.functional.one_hot(draws, Q).sum(1)]).double()  # first the sample itself
-    ends, result = torch.tensor([0.025, 0.975]).double(), estimates(t, counts).items()
+def bootstrap(function, units, replicates=2000):
+    """{method: {quantity: [estimate, low, high]}}: 95 % percentiles over resampled units, the same for all methods.
+
+    function: counts (R, units) -> {method: {quantity: (R,)}}, for R ways to count the units; the first counts each once.
+    """
+    draws = torch.randint(units, (replicates, units), generator=torch.Generator().manual_seed(0))
+    counts = torch.cat([torch.ones(1, units), torch.nn.functional.one_hot(draws, units).sum(1)]).double()
+    ends, result = torch.tensor([0.025, 0.975]).double(), function(counts).items()
     return {m: {key: [x[0].item(), *x[1:].nanquantile(ends).tolist()] for key, x in q.items()} for m, q in result}
+
+
+def intervals(t, replicates=2000):
+    """The estimates of a tally with 95 % intervals, by `bootstrap` over its prompts."""
+    return bootstrap(functools.partial(estimates, t), t["gram"].shape[1], replicates)
 
 
 def sentences(e):
