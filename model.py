@@ -35,10 +35,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import cached_file, is_torchvision_available
 
+from cache import PolicyCache, RoomyLayer, static_layer
 from loss import token_entropy
 from prompts import Example, append, collate, encode, is_per_token
 
@@ -379,40 +380,6 @@ def neutral_generation_config(policy):
     return GenerationConfig(eos_token_id=policy.eos_ids, pad_token_id=policy.pad_id)
 
 
-class RoomyLayer(DynamicLayer):
-    """A prompt's cache layer, repeated `copies` times, with room for the tokens to come, which are written in place.
-
-    A DynamicLayer copies the whole cache each time it grows. This one is for passes without gradient: writing in place would break a
-    backward pass.
-    """
-
-    def __init__(self, layer, copies, tokens):
-        super().__init__()
-        self.__dict__.update(vars(layer))
-        self.room = []
-        for prompt in (layer.keys, layer.values):  # (Q, heads, length, head size)
-            Q, heads, length, size = prompt.shape
-            room = prompt.new_empty(Q, copies, heads, length + tokens, size)
-            room[:, :, :, :length] = prompt[:, None]
-            self.room.append(room.flatten(0, 1))
-        self.keys, self.values = (room[:, :, :length] for room in self.room)  # (B, heads, length, head size)
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Append keys and values of new tokens, (B, heads, n, head size); returns those of all tokens so far."""
-        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        for buffer, new in zip(self.room, (key_states, value_states)):
-            buffer[:, :, start:end] = new
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self.room)
-        return self.keys, self.values
-
-
-def static_layer(layer, copies, tokens):
-    """The same, of fixed size: on a GPU transformers compiles a model that generates with it."""
-    static = StaticLayer(layer.keys.shape[2] + tokens)
-    static.update(layer.keys.repeat_interleave(copies, dim=0), layer.values.repeat_interleave(copies, dim=0))
-    return static
-
-
 class Policy(nn.Module):
     """pi_theta: a model and the one distribution that is both sampled and scored.
 
@@ -424,7 +391,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.processor, self.static_cache = model, processor, static_cache
         self.temperature, self.share_prompt, self.compute_dtype = temperature, share_prompt, getattr(torch, dtype)
-        self.cache_in_updates = True
+        self.cache_in_updates, self.static_length = True, 0
         self.forbidden = placeholder_ids(model, processor)
         tokenizer = processor.tokenizer
         self.shipped_generation_config = model.generation_config
@@ -469,6 +436,17 @@ class Policy(nn.Module):
                 return {}
         return {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 
+    def empty_cache(self, length=0):
+        """A cache for a pass without gradient: one that grows, or one of fixed size for `length` tokens.
+
+        A fixed size is never smaller than one before. A model that is compiled for one size would be compiled anew for another, so
+        prompts of other lengths had better not change it.
+        """
+        config = self.model.config.get_text_config(decoder=True)
+        self.static_length = max(self.static_length, length)
+        layers = StaticCache(config, self.static_length).layers if length else DynamicCache(config=config).layers
+        return PolicyCache(layers, self.compute_dtype if self.compute_dtype == torch.bfloat16 else None)
+
     def prefill(self, prompts, copies, room=0, static=False):
         """Run each prompt once, but for its last token, and repeat its cache `copies` times, with room for so many tokens.
 
@@ -483,11 +461,15 @@ class Policy(nn.Module):
         per_token = {key: value for key, value in batch.items() if is_per_token(batch, key)}
         inputs = batch | {key: value[:, :-1] for key, value in per_token.items()}
         body = self.model.base_model
+        own = {"past_key_values": self.empty_cache()} if room else {}  # with a gradient the library's own, which casts nothing
         with self.precision():
-            cache = body(**inputs, **self.positions(inputs), use_cache=True).past_key_values
-        for i, layer in enumerate(cache.layers):
-            if room and type(layer) is DynamicLayer:
-                cache.layers[i] = (static_layer if static else RoomyLayer)(layer, copies, room)
+            cache = body(**inputs, **self.positions(inputs), **own, use_cache=True).past_key_values
+        length = self.static_length = max(self.static_length, inputs["input_ids"].shape[1] + room if static else 0)
+        for i, layer in enumerate(cache.layers):  # one at a time: never are two whole caches alive
+            if static and type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+                cache.layers[i] = static_layer(layer, copies, length)
+            elif room and type(layer) is DynamicLayer:
+                cache.layers[i] = RoomyLayer(layer, copies, room)
             else:
                 layer.batch_repeat_interleave(copies)
         offset = getattr(body, "rope_deltas", None)  # (Q, 1), set by the forward pass above

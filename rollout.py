@@ -9,9 +9,11 @@ What needs care (each of these has cost someone days):
 * a response cut by the length limit is flagged: it has no end token and, mostly, no answer.
 """
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 
@@ -128,8 +130,7 @@ def generate(policy, prompts, group_size, max_new_tokens=64, temperature=1.0, to
     settings = GenerationConfig(
         do_sample=True, temperature=temperature, top_p=top_p, top_k=0, min_p=None, typical_p=1.0, repetition_penalty=1.0,
         no_repeat_ngram_size=0, num_beams=1, max_new_tokens=max_new_tokens, min_new_tokens=0, suppress_tokens=policy.forbidden,
-        eos_token_id=policy.eos_ids, pad_token_id=policy.pad_id, use_cache=True,
-        cache_implementation="static" if policy.static_cache and not policy.share_prompt else None,
+        eos_token_id=policy.eos_ids, pad_token_id=policy.pad_id, use_cache=True, disable_compile=not policy.static_cache,
     )  # fmt: skip
     at_once = max(1, responses_at_once // group_size)  # in prompts
     # Prompts of similar length together: less padding. `order` is undone at the end.
@@ -145,24 +146,45 @@ def generate(policy, prompts, group_size, max_new_tokens=64, temperature=1.0, to
 
     for start in starts:
         chunk = [prompts[q] for q in order[start : start + at_once]]
-        inputs = {}
         if policy.share_prompt:
             cache, batch, offset = policy.prefill(chunk, group_size, max_new_tokens, policy.static_cache)
-            inputs["past_key_values"] = cache
             if hasattr(policy.model.base_model, "rope_deltas"):
                 policy.model.base_model.rope_deltas = offset
         else:
             batch = collate(chunk, group_size, policy.pad_id, policy.device)
-        with policy.precision():
+            cache = policy.empty_cache(batch["input_ids"].shape[1] + max_new_tokens if policy.static_cache else 0)
+        with policy.precision(), cast_once(policy):
             # synced_gpus would make the ranks of a sharded model take every token together; its weights are whole here.
             words = dict(generation_config=settings, logits_processor=[tick], synced_gpus=False)
-            sequences = policy.model.generate(**batch, **inputs, **words)
+            sequences = policy.model.generate(**batch, past_key_values=cache, **words)
+        del cache  # else it would live on beside the cache of the next prompts
         parts.append(cut(policy, chunk, sequences[:, batch["input_ids"].shape[1] :]))
     bar.close()
     policy.train(was_training)
     rollout = concatenate(parts)
     place = sorted(range(len(order)), key=order.__getitem__)
     return rollout.subset(place)
+
+
+@contextlib.contextmanager
+def cast_once(policy):
+    """With `--static_cache`, the linear layers of the language model hold bfloat16 copies of their weights inside, if it computes in bfloat16.
+
+    Autocast makes the same copies and keeps them. Compiled code does not know of those it keeps, so it would cast all weights again for
+    every token. What is not a linear layer computes in float32 under autocast, and is left as it is.
+    """
+    compiled = policy.static_cache and policy.compute_dtype == torch.bfloat16
+    parts = (policy.model.get_decoder(), policy.model.get_output_embeddings()) if compiled else ()
+    linear = {module for part in parts for module in part.modules() if isinstance(module, nn.Linear)}
+    wide = [(module, name, weight) for module in linear for name, weight in module.named_parameters(recurse=False)]
+    wide = [(module, name, weight) for module, name, weight in wide if weight.dtype == torch.float32]
+    try:
+        for module, name, weight in wide:
+            setattr(module, name, nn.Parameter(weight.to(torch.bfloat16), requires_grad=False))
+        yield
+    finally:
+        for module, name, weight in wide:
+            setattr(module, name, weight)
 
 
 def cut(policy, prompts, ids):

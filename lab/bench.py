@@ -127,16 +127,20 @@ def in_turn(repeats, **actions):
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
 # ---------------------------------------------------------------------------------------------------------------------
-def storages(tree):
-    """The memory behind each tensor in nested lists, tuples and dicts."""
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+def storages(tree, axes=0):
+    """The memory behind each tensor of at least so many axes in nested lists, tuples and dicts."""
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.dim() >= axes]
 
 
 class LivingTensors(TorchDispatchMode):
-    """Counts the bytes of living tensors that were made inside (`alive`), their `peak`, and the `largest` one; on any device."""
+    """Counts the bytes of living tensors that were made inside (`alive`), their `peak`, and the `largest` one; on any device.
 
-    def __init__(self):
+    axes: leave out tensors of fewer axes. Keys and values have four: (B, heads, tokens, head size).
+    """
+
+    def __init__(self, axes=0):
         super().__init__()
+        self.axes = axes
         self.alive = self.peak = self.largest = 0
         self.seen = set()
 
@@ -144,7 +148,7 @@ class LivingTensors(TorchDispatchMode):
         """Run the operation, then note the new memory among its results; a view shares memory that was noted before."""
         known = {storage._cdata for storage in storages((args, kwargs))}
         result = function(*args, **(kwargs or {}))
-        for storage in storages(result):
+        for storage in storages(result, self.axes):
             if storage._cdata not in self.seen | known:
                 self.seen.add(storage._cdata)
                 self.alive += storage.nbytes()
@@ -158,9 +162,9 @@ class LivingTensors(TorchDispatchMode):
         self.alive -= size
 
 
-def peak_memory(action):
-    """Bytes of new tensors alive at once while an action runs."""
-    with LivingTensors() as living:
+def peak_memory(action, axes=0):
+    """Bytes of new tensors alive at once while an action runs; of those with at least so many axes."""
+    with LivingTensors(axes) as living:
         action()
     return living.peak
 
