@@ -44,7 +44,7 @@ def save_checkpoint(policy, optimizer, folder, progress, keep=0, merge=False):
     """
     target = Path(folder) / "checkpoints" / f"step-{progress['step']:06d}"
     small = hasattr(policy.model, "peft_config") and not merge  # only the adapter is written
-    weights = get_model_state_dict(policy, options=dataclasses.replace(WHOLE, ignore_frozen_params=small))
+    weights = once(policy, get_model_state_dict(policy, options=dataclasses.replace(WHOLE, ignore_frozen_params=small)))
     # Before the first update there is no state, and asking for it would make the optimizer take a step.
     states = get_optimizer_state_dict(policy, optimizer, options=WHOLE) if optimizer.state else None
     failure = None
@@ -67,6 +67,12 @@ def save_checkpoint(policy, optimizer, folder, progress, keep=0, merge=False):
     failure = distributed.gather([failure])[0]
     if failure:
         raise OSError(failure)
+
+
+def once(policy, weights):
+    """A state dict without the second names of its weights: a head that is the embedding is gathered from shards under both."""
+    second = {name for name, _ in policy.named_parameters(remove_duplicate=False)} - {name for name, _ in policy.named_parameters()}
+    return {name: tensor for name, tensor in weights.items() if name not in second}
 
 
 def every(folder):
@@ -147,6 +153,8 @@ def restore(policy, optimizer, path):
         # strict=False allows that, and makes up a first step for them. Without the last line their true first step would be
         # the second, and the run another one.
         options = StateDictOptions(full_state_dict=True, strict=False)
+        for group, own in zip(content["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
+            group["fused"] = own["fused"]  # a matter of the device that the run goes on with, which need not be the one it was on
         set_optimizer_state_dict(policy, optimizer, content["optimizer"], options=options)
         for name in parameters.keys() - states.keys():
             optimizer.state.pop(parameters[name], None)

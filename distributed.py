@@ -31,6 +31,7 @@ def start(device="", minutes=60):
     """Join the other processes, if torchrun started us; returns this process's device: of the kind asked for, or else the GPU if there is one.
 
     A rank that waits `minutes` for another gives up with an error: long enough for a slow rollout, an end for a dead machine.
+    Raises ValueError in one sentence if a process would have no GPU of its own.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(device, True):
@@ -40,6 +41,9 @@ def start(device="", minutes=60):
     cuda = there["cuda"] and device in ("", "cuda")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device(device or "cpu")
     if cuda:
+        here, gpus = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), device.index + 1), torch.cuda.device_count()
+        if here > gpus:
+            raise ValueError(f"{here} processes were started on a machine with {gpus} GPU(s): start with --nproc_per_node={gpus}")
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         store, number, ranks = next(dist.rendezvous("env://"))

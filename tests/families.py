@@ -70,6 +70,8 @@ FAMILIES = {
         pixels=dict(size={"height": 28, "width": 28}), images="Gemma3ImageProcessorPil",
     ),
 }  # fmt: skip
+# Small checkpoints of these families have tied heads: the matrix that makes the logits is the one that embeds the tokens.
+TIED = ["qwen2_vl-tied", "qwen2_5_vl-tied", "qwen3_vl-tied", "gemma3-tied"]
 WORDS = "user assistant system you are a helpful what is the digit answer in first last plus minus so now it yes no { } ? . : 0 1 2 3".split()
 
 
@@ -91,6 +93,7 @@ def tokenizer_of(tokens, rows=False):
 
 def build(family, folder, **text):
     """Write a model of the family with random weights to `folder`; `text` overrides fields of its text configuration."""
+    tied, family = family in TIED, family.removesuffix("-tied")
     recipe = FAMILIES[family]
     tokenizer = tokenizer_of(recipe["tokens"], recipe.get("rows", False))
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in recipe["tokens"].items()}
@@ -101,12 +104,12 @@ def build(family, folder, **text):
     words = dict(TEXT, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     words |= dict(max_position_embeddings=512, bos_token_id=None) | recipe.get("text", {}) | text
     known = {name: number for name, number in named.items() if hasattr(kind(), name)}
-    config = kind(text_config=words, vision_config=recipe["vision"], tie_word_embeddings=False, **known, **recipe.get("config", {}))
+    config = kind(text_config=words, vision_config=recipe["vision"], tie_word_embeddings=tied, **known, **recipe.get("config", {}))
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config)
     for name, parameter in model.named_parameters():  # the library's 0.02 leaves a model of this size blind
         if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.5 if "embed" in name else parameter[0].numel() ** -0.5)
+            torch.nn.init.normal_(parameter, std=0.5 if "embed" in name and not tied else parameter[0].numel() ** -0.5)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     cls = PROCESSOR_MAPPING[kind]
     cls = image_text_processor(cls) if "video_processor" in cls.get_attributes() else cls

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from processes import ONE_THREAD, ROOT, children, python
+from safetensors.torch import load_file
 from step_worker import CUTS
 from transformers import AutoModelForImageTextToText
 
+import distributed
 import model
 from checkpoint import every
 from laptop import digits, tiny
@@ -33,22 +35,28 @@ def torchrun(processes, *words):
 # ---------------------------------------------------------------------------------------------------------------------
 # One update from saved rollouts
 # ---------------------------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
+@pytest.fixture(scope="module", params=["own head", pytest.param("tied head", marks=pytest.mark.slow)])
+def results(request, tmp_path_factory):
     """step_worker.py's results by number of processes: five groups of three responses, so that ranks get 5; 3 + 2; 2 + 2 + 1 + 0."""
     folder = tmp_path_factory.mktemp("step")
     processor = tiny.build_processor()
     policy = Policy(tiny.build_model(processor, **tiny.RECIPE | {"layers": 2, "vision_layers": 2}), processor)
+    tied = request.param == "tied head"
+    if tied:
+        policy.model.config.tie_word_embeddings = True
+        policy.model.tie_weights()
     model.save(policy, folder / "model")
+    assert ("lm_head.weight" in load_file(folder / "model" / "model.safetensors")) == (not tied)
     examples = [digits.Digits("val")[i] for i in range(5)]
     torch.manual_seed(0)
     rollout = generate(policy, [encode(processor, example) for example in examples], 3, 12)
     rewards = torch.tensor([1.0, 0, 0, 0, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1, 0])  # the third group has no signal
     torch.save(Batch(rollout, examples, list(range(5)), rewards), folder / "batch.pt")
-    for processes in (1, 2, 4):
+    numbers = (1, 2) if tied else (1, 2, 4)
+    for processes in numbers:
         done = torchrun(processes, Path(__file__).with_name("step_worker.py"), folder)
         assert done.returncode == 0, done.stderr[-3000:]
-    return {n: torch.load(folder / f"result-{n}.pt") for n in (1, 2, 4)}
+    return {n: torch.load(folder / f"result-{n}.pt") for n in numbers}
 
 
 # What each cut must agree with: the same settings in one process, one micro-batch.
@@ -58,8 +66,8 @@ SAME = {"three": "all", "one": "all", "checkpointing": "all", "sharded": "all", 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("cut", CUTS)
 def test_the_update_does_not_depend_on_how_it_is_cut(cut, processes, results):
-    if cut not in results[processes]:
-        pytest.skip("sharding is tested on one and two processes")
+    if cut not in results.get(processes, {}):
+        pytest.skip("sharding and tied heads are tested on one and two processes")
     mine, reference = results[processes][cut], results[1][SAME.get(cut, cut)]
     assert torch.equal(mine["token_mask"], reference["token_mask"])
     assert torch.allclose(mine["alpha"], reference["alpha"], rtol=1e-5)
@@ -140,6 +148,41 @@ def test_a_bad_flag_is_said_once(tmp_path):
     done = torchrun(2, ROOT / "train.py", "--lr", "nan", "--output", tmp_path / "out")
     assert done.returncode and said(done) == ["train.py: --lr must be from 1e-12 to 1, got nan"]
     assert done.stderr.count("--lr must be") == 1 and not (tmp_path / "out").exists()
+
+
+GPUS = """
+import os, runpy, sys, torch
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: {gpus}
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_more_ranks_than_gpus_is_said_once(script, tmp_path):
+    (tmp_path / "start.py").write_text(GPUS.format(gpus=1))
+    done = torchrun(2, tmp_path / "start.py", ROOT / script, "--output", tmp_path / "out")
+    sentence = f"{script}: 2 processes were started on a machine with 1 GPU(s): start with --nproc_per_node=1"
+    assert done.returncode and said(done) == [sentence] and not (tmp_path / "out").exists()
+
+
+def test_every_rank_of_a_machine_has_its_gpu(monkeypatch):
+    """A launcher that does not say how many ranks the machine has; and as many ranks as GPUs, of which each takes its own."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="^3 processes were started on a machine with 2 GPU"):
+        distributed.start()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert distributed.start() == torch.device("cuda", rank)
+    assert taken == [torch.device("cuda", 0), torch.device("cuda", 1)]
 
 
 def test_a_broken_picture_of_one_rank_is_said_once_and_the_work_is_saved(tiny_folder, tmp_path):

@@ -9,9 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, SIGHT, TEXT, build
+from families import FAMILIES, SIGHT, TEXT, TIED, build
 from PIL import Image
 from processes import ONE_THREAD, ROOT, python
+from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 import dependency
@@ -42,7 +44,7 @@ EXAMPLES = [
 TEXT_ONLY = Example([], "what is 1 plus 2 ?", "3", "no image")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, *TIED])
 def folder(request, tmp_path_factory):
     if request.param == "smolvlm" and not importlib.util.find_spec("num2words"):
         pytest.skip("transformers' SmolVLM processor needs: pip install num2words")
@@ -70,6 +72,14 @@ def responses(policy, prompts, copies):
     mask[1, 1:] = False
     mask[2, 3:] = False
     return ids, mask
+
+
+def test_a_tied_head_is_the_embedding(folder, policy):
+    """One matrix makes the logits and embeds the tokens. It counts as one weight, and its file has one tensor for it."""
+    tied = folder.name.startswith(tuple(TIED))
+    assert (policy.model.get_output_embeddings().weight is policy.model.get_input_embeddings().weight) == tied
+    stored = load_file(folder / "model.safetensors")
+    assert any("lm_head" in name for name in stored) == (not tied) and len(stored) == len(list(policy.parameters()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,12 +209,17 @@ def test_a_head_that_scales_its_logits_keeps_its_own_forward():
 # ---------------------------------------------------------------------------------------------------------------------
 # The phases
 # ---------------------------------------------------------------------------------------------------------------------
-def test_rollouts_do_not_depend_on_the_path(policy, prompts):
-    """With the same random numbers the shared prompt and the repeated one, growing and static caches sample the same responses."""
-    samples = []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rollouts_do_not_depend_on_the_path(dtype, policy, prompts):
+    """With the same random numbers the shared prompt and the repeated one, growing and static caches sample the same responses.
+
+    In bfloat16 to the bit, if the attention kernel rounds in the same way however many masked tokens follow the real ones.
+    """
+    samples, policy.compute_dtype = [], dtype
     for policy.share_prompt, policy.static_cache in ((True, False), (False, False), (True, True), (False, True)):
         torch.manual_seed(0)
-        samples.append(generate(policy, prompts, 4, max_new_tokens=8))
+        with sdpa_kernel(SDPBackend.MATH):
+            samples.append(generate(policy, prompts, 4, max_new_tokens=8))
     assert all(torch.equal(samples[0].response_ids, other.response_ids) for other in samples[1:])
     assert not torch.isin(samples[0].response_ids, torch.tensor(policy.forbidden)).any()
     assert len({tuple(row.tolist()) for row in samples[0].response_ids}) > 6
@@ -242,6 +257,7 @@ def test_a_training_step(folder, tmp_path, monkeypatch):
             assert all((S[row] < 1e-6) == (name == "no image") for row, name in enumerate(rows))
         assert torch.allclose(batch.old_logprobs, dependency.score(Policy(*load(str(folder))), batch.rollout)["logprobs"], atol=1e-4)
     save(policy, tmp_path / "saved")
+    assert load_file(tmp_path / "saved" / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
     again = Policy(*load(str(tmp_path / "saved")))
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in policy.state_dict().items())
     prompt = encode(again.processor, EXAMPLES[1], SYSTEM)
