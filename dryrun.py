@@ -96,8 +96,8 @@ def memory_per_gpu(
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     layers, query = text.num_hidden_layers, text.num_attention_heads * head_size
     prompt, length = image_tokens + text_tokens, image_tokens + text_tokens + response_tokens
-    cached = 4 if bf16 and not (shard or lora_rank) else b  # autocast leaves rotated keys and values of float32 weights in float32
-    kv_cache = layers * 2 * text.num_key_value_heads * head_size * cached * length  # bytes a response
+    kv_token = layers * 2 * text.num_key_value_heads * head_size * b  # bytes of a token's keys and values, in the compute type
+    kv_cache = length * kv_token  # bytes a response
     outer = (b if lora_rank else 4) * text.hidden_size  # a layer's input, bytes a token, float32 but under bfloat16 weights
     inner = layer_bytes(text.hidden_size, query, text.intermediate_size, length, bf16, lora_rank)
     # The vision tower by the same formula, per prompt; where patches are merged, several make one image token.
@@ -136,6 +136,16 @@ def memory_per_gpu(
     generated = prefilled * max(n for n in range(1, min(group_size, responses_at_once) + 1) if group_size % n == 0)
     keep = "inputs" if activation_checkpointing else "all"
 
+    # A call of generate is largest when it reads the prompts, or when it has written to the end and its one cache is full. Beside the
+    # full cache lives one layer of the prompts' own, which it is filled from; a cache of repeated prompts copies a layer as it grows.
+    reads = prefilled if share_prompt else generated  # how often a prompt is run
+    reading = {"kv cache": reads * prompt * kv_token, "activations": activations(prefilled, generated, 0, share_prompt, "nothing"), "logits": 0}
+    writing = {
+        "kv cache": generated * kv_cache + (prefilled * prompt * kv_token if share_prompt else generated * kv_cache) // layers,
+        "activations": generated * (inner + outer),  # of one token
+        "logits": 4 * generated * 4 * text.vocab_size,  # float32, of one token: raw, processed, probabilities, sorted
+    }
+
     total, root, unit = weights or count_parameters(config)
     trained = trained or (count_trained(config, lora_rank, freeze) if lora_rank or freeze else total)
     # An adapter's float32 weights lie beside the model's, which are in the compute type already, so that nothing is to be cast there.
@@ -152,11 +162,7 @@ def memory_per_gpu(
     row = 4 * text.vocab_size  # a token's logits, float32
     chunk = min(tokens, max(1, 2**24 // text.vocab_size))  # dependency.score_tokens
     phases = {
-        "rollout": {
-            "compute weights": whole, "kv cache": generated * kv_cache,
-            "activations": activations(prefilled, generated, 0, share_prompt, "nothing"),  # of the prefill
-            "logits": 4 * generated * row,  # of one step: raw, processed, probabilities, sorted
-        },
+        "rollout": {"compute weights": whole} | max(reading, writing, key=lambda parts: sum(parts.values())),
         "score": {
             "compute weights": whole, "kv cache": responses * kv_cache if share_prompt else 0,
             "activations": activations(prompts, responses, tokens, share_prompt, "nothing"),
