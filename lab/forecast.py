@@ -37,9 +37,10 @@ from lab.sketch import SIZE, Tally, moments, sketch
 from lab.variance import bootstrap
 from laptop import tiny
 from laptop.scenes import REGIMES
-from model import Policy, load
+from model import Policy, freeze, load
 from prompts import first_prompt, row_at
-from reward import check_grader, grade_example
+from reward import grade_example
+from train import check_needs
 
 # The first is what the others are compared with. Each is phase 3 of training (vppo.modulate) under these settings.
 METHODS = {
@@ -212,7 +213,7 @@ def verdict(triple, signal):
 
 
 def needed(groups, triple, null, margin=0.0):
-    """About how many groups would keep an interval off `null` by `margin`, if the estimate stays: its width shrinks with their square root."""
+    """About how many groups keep an interval off `null` by `margin`, if the estimate stays: its width shrinks with their square root."""
     estimate, low, high = triple
     reach = estimate - low if estimate > null else high - estimate
     number = groups * (reach / max(abs(estimate - null) - margin, 1e-9)) ** 2
@@ -274,7 +275,7 @@ def parse(argv):
         flags = parser.parse_args(as_words(read_fields(flags.config, "--config")) + argv)
     cfg = Flags(**{field.name: getattr(flags, field.name) for field in fields(Flags)})
     check(cfg)
-    check_grader(cfg.grader)
+    check_needs(cfg)
     if not 16 <= cfg.groups <= 10**6:
         raise ValueError(f"--groups must be from 16 to 1,000,000, got {cfg.groups}")
     if cfg.kinds and cfg.data not in ("digits", *REGIMES):
@@ -286,13 +287,16 @@ def main(argv=None, *, reward=None):
     """The command line: measure, print the tables, write them. reward: a function of your own, as in train.main."""
     argv, begin = sys.argv[1:] if argv is None else list(argv), time.time()
     cfg = parse(argv)
-    data, device = load_source(sources(cfg)[0], cfg), distributed.start()
+    data, device = load_source(sources(cfg)[0], cfg), distributed.start(cfg.device)
     if cfg.shard and distributed.world() == 1:
         raise ValueError("--shard needs processes to split the model over: torchrun --nproc_per_node=N -m lab.forecast --shard")
     folder = distributed.gather([runs.weights(cfg.model, cfg.data) if distributed.rank() == 0 else None])[0]
     torch.manual_seed(cfg.seed)
-    parts = load(folder, "cpu" if cfg.shard else device)
+    place = "cpu" if cfg.shard else device
+    parts = load(folder, place, attention=cfg.attn_implementation, lora_rank=cfg.lora_rank, dtype=cfg.dtype)
     policy = Policy(*parts, cfg.temperature, cfg.share_prompt, cfg.dtype, cfg.static_cache).train()
+    if cfg.freeze:
+        freeze(policy.model, cfg.freeze)
     if cfg.activation_checkpointing:
         policy.model.activation_checkpointing_enable()
     engine = distributed.engine(policy, True) if cfg.shard else policy

@@ -16,10 +16,17 @@ BLOCKS = 40  # how many parts the groups are split into; the bootstrap draws amo
 
 
 @functools.lru_cache(maxsize=1)
-def signs(number, length, seed, device):
-    """Random signs, int8, of one chunk of weights, the same whenever they are asked for. Only the last chunk's are kept."""
-    generator = torch.Generator(device).manual_seed((1_000_003 * seed + number) % 2**63)
-    return 2 * torch.randint(0, 2, (length,), dtype=torch.int8, device=device, generator=generator) - 1
+def signs(start, length, seed, device):
+    """+1 or -1 for the weights start .. start + length - 1: a bit of a hash of their number and the seed, so that none need be stored.
+
+    It is the finalizer of MurmurHash3, which is the same on every device. Returns int8; the last ones are kept, all those of a small model.
+    """
+    signed = lambda constant: (constant + 2**63) % 2**64 - 2**63  # noqa: E731  (torch has no unsigned integers to multiply)
+    h = torch.arange(start, start + length, device=device) + signed(seed * 0x9E3779B97F4A7C15)
+    for constant in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        h ^= (h >> 33) & (2**31 - 1)
+        h *= signed(constant)
+    return (2 * ((h >> 33) & 1) - 1).to(torch.int8)
 
 
 def chunks(tensors, length):
@@ -36,7 +43,7 @@ def chunks(tensors, length):
 
 
 def sketch(parameters, size=SIZE, seed=0):
-    """The gradient of all weights folded into `size` numbers: number j is the sum of sign_i * g_i over the weights i = j modulo size.
+    """The gradient of the trained weights folded into `size` numbers: number j is the sum of sign_i * g_i over weights i = j modulo size.
 
     The signs are random, by the seed, and the same for every gradient. Products keep their mean, E<sketch(x), sketch(y)> = <x, y>, with a
     standard deviation of about |x| |y| sqrt(2 / size) at most, because the products of different weights that meet in one number have
@@ -45,14 +52,14 @@ def sketch(parameters, size=SIZE, seed=0):
 
     Example, size 2: g = (1, 2, 3), signs (+, -, -): (1 - 3, -2) = (-2, -2).
     """
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters if p.requires_grad]
     shard = hasattr(gradients[0], "to_local")
     seed = 1_009 * seed + (distributed.rank() if shard else 0)
     folded, start = 0, 0
     # Some weights at a time: beside the gradient of a large model there is no room for a copy of it.
-    for number, piece in enumerate(chunks((g.to_local() if shard else g for g in gradients), 2**24)):
+    for piece in chunks((g.to_local() if shard else g for g in gradients), 2**24):
         first = start % size
-        signed = piece * signs(number, len(piece), seed, piece.device)
+        signed = piece * signs(start, len(piece), seed, piece.device)
         folded = folded + torch.nn.functional.pad(signed, (first, -(first + len(piece)) % size)).reshape(-1, size).sum(0)
         start += len(piece)
     return folded.cpu()

@@ -32,6 +32,7 @@ import model
 import report
 import train
 from config import Config
+from lab import forecast
 from laptop import digits, tiny
 from model import Policy
 from vppo import train_step
@@ -275,6 +276,17 @@ def test_evaluation_and_report_have_the_numbers_of_the_cpu():
     for key in ("dependency", "mean", "alpha", "advantages"):
         assert torch.allclose(numbers[key].cpu(), expected[key], atol=1e-4)
     assert numbers["dependency"].max() > 0.01 and page.count("<span") == expected_page.count("<span")
+
+
+@on_gpu
+def test_a_forecast_has_the_numbers_of_the_cpu():
+    cfg, found = forecast.Flags(**SIZES, groups=8, kinds=True), {}
+    for device in ("cuda", "cpu"):
+        found[device] = forecast.measure(policy_on(device, cfg), digits.Digits("train"), cfg, half_right, size=1009)
+    (tally, facts), (expected, expected_facts) = found["cuda"], found["cpu"]
+    assert facts == expected_facts and torch.equal(tally.counts, expected.counts)
+    for mine, other in ((tally.products, expected.products), (tally.sums, expected.sums)):
+        assert (mine - other).abs().max() < 1e-3 * other.abs().max() and other.abs().max() > 0
 
 
 @on_gpu
