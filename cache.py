@@ -1,4 +1,4 @@
-"""The key/value cache of a pass without gradient: room for the tokens to come, in the type that the model computes in.
+"""The key/value cache: room for the tokens to come, in the type that the model computes in.
 
 A transformer keeps the keys and values of every token that it has read, layer by layer, and a new token looks at them. In a rollout
 this cache is the largest thing in memory after the weights. So there is never more than one, it is filled in one copy, and it is kept
@@ -7,7 +7,14 @@ in bfloat16 where the model computes in it.
     RoomyLayer      a layer with room in which new tokens are written in place
     static_layer    a layer of fixed size, for `--static_cache`
     PolicyCache     all layers, of whichever kind
+
+Scoring and updates write nothing. They read the prompts' cache, each response that of its prompt, and gradients may flow back into it.
+
+    in_type         keys and values of a layer in the type that attention computes in
+    read_by         the prompts' cache as rows of responses see it
 """
+
+import copy
 
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
@@ -73,3 +80,32 @@ class PolicyCache(Cache):
         if self.dtype is not None:
             key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
         return super().update(key_states, value_states, *args, **kwargs)
+
+
+def in_type(layer, dtype):
+    """Cast a layer's keys and values. One that is not of a known kind, because it keeps something else, is refused."""
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise NotImplementedError(f"a cache of {type(layer).__name__} cannot be repeated")
+    layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
+
+
+def read_by(cache, owner):
+    """A prompts' cache as rows of responses see it: row i has the keys and values of prompt owner[i], and its own. owner: (n,).
+
+    Nothing is written to the cache, so it serves any number of passes. Repeated keys and values are alive only while their layer runs.
+    """
+
+    def seen(layer):
+        def update(keys, values, *args, **kwargs):
+            """The layer's own update, on a copy of it. keys, values: of new tokens, (n, heads, T, head size)."""
+            grown = copy.copy(layer)
+            grown.keys, grown.values = layer.keys[owner], layer.values[owner]
+            return grown.update(keys.to(layer.keys.dtype), values.to(layer.values.dtype), *args, **kwargs)
+
+        view = copy.copy(layer)
+        view.update = update
+        return view
+
+    view = copy.copy(cache)
+    view.layers = [seen(layer) for layer in cache.layers]
+    return view

@@ -130,13 +130,26 @@ def mask_images(images, mask, key):
     return [hide(image.convert("RGB"), rng) for image in images]
 
 
+class MaskedPrompts:
+    """A list of `prompts` x `draws` masked prompts, each of them made when it is asked for and not kept: make(prompt, draw)."""
+
+    def __init__(self, make, prompts, draws):
+        self.make, self.prompts, self.draws = make, prompts, draws
+
+    def __len__(self):
+        return self.prompts * self.draws
+
+    def __getitem__(self, i):
+        return self.make(*divmod(i, self.draws))
+
+
 @torch.no_grad()
 def score(policy, rollout, masked_prompts=None, metric="kl", tokens_per_batch=16384):
     """Both scoring passes over a rollout batch: what phase 3 and the objective need to know about pi_old, the policy that wrote it.
 
     policy:         model.Policy; rollout: rollout.Rollout with Q prompts and B responses.
-    masked_prompts: the same prompts encoded with masked images, Q of them (one per prompt) or B (one per response).
-                    None leaves out the second pass, which DAPO and GRPO do not need, and gives S = 0.
+    masked_prompts: the same prompts encoded with masked images, Q of them (one per prompt) or B (one per response), as a list or as
+                    MaskedPrompts. None leaves out the second pass, which DAPO and GRPO do not need, and gives S = 0.
     metric:         a name in METRICS, or a function (logits, masked_logits, ids) -> S of your own.
     tokens_per_batch: how many tokens run at once. It changes memory, and numbers only by rounding.
 
@@ -147,17 +160,33 @@ def score(policy, rollout, masked_prompts=None, metric="kl", tokens_per_batch=16
     policy.eval()
     shape = rollout.response_ids.shape
     out = {key: torch.zeros(shape, device=policy.device) for key in ("logprobs", "entropy", "dependency")}
-    for groups, rows in rollout.micro_batches(tokens_per_batch):
-        ids, mask = rollout.response_ids[rows], rollout.response_mask[rows]
-        states = policy.states([rollout.prompts[q] for q in groups], ids, mask)[mask]  # (N, H): padding dropped
-        masked_states = None
-        if masked_prompts is not None:
-            chosen = groups if len(masked_prompts) == len(rollout.prompts) else rows  # one masked prompt per group, or per response
-            masked_states = policy.states([masked_prompts[i] for i in chosen], ids, mask)[mask]
-        for key, values in score_tokens(policy.logits, states, masked_states, ids[mask], metric).items():
-            out[key][rows] = torch.zeros_like(ids, dtype=values.dtype).masked_scatter(mask, values)
+    with policy.casts_kept():
+        for groups, rows in rollout.micro_batches(tokens_per_batch, path=policy.path()):
+            ids, mask = rollout.response_ids[rows], rollout.response_mask[rows]
+            states = policy.token_states([rollout.prompts[q] for q in groups], ids, mask)  # (N, H): padding dropped
+            masked_states = None
+            if masked_prompts is not None:
+                chosen = groups if len(masked_prompts) == len(rollout.prompts) else rows  # one masked prompt per group, or per response
+                masked_states = states_of(policy, masked_prompts, chosen, len(groups), ids, mask)
+            for key, values in score_tokens(policy.logits, states, masked_states, ids[mask], metric).items():
+                out[key][rows] = torch.zeros_like(ids, dtype=values.dtype).masked_scatter(mask, values)
     policy.train(was_training)
     return out
+
+
+def states_of(policy, prompts, numbers, at_once, ids, mask):
+    """Policy.token_states of responses to the prompts of some numbers, of which only `at_once` are in memory together."""
+
+    def chosen(numbers):
+        """prompts[i] of each number; one that comes several times is made once."""
+        made = {i: prompts[i] for i in dict.fromkeys(numbers)}
+        return [made[i] for i in numbers]
+
+    copies, parts = len(ids) // len(numbers), []
+    for start in range(0, len(numbers), at_once):
+        rows = slice(start * copies, (start + at_once) * copies)
+        parts.append(policy.token_states(chosen(numbers[start : start + at_once]), ids[rows], mask[rows]))
+    return torch.cat(parts)
 
 
 def score_tokens(head, states, masked_states, ids, metric="kl", chunk_elements=2**24):

@@ -183,19 +183,20 @@ def bare(engine):
     return getattr(engine, "module", engine)
 
 
-def passes(engine, micro_batches, progress="update"):
-    """The micro-batches of one update, in turn: yields (prompts, rows, factor). progress: text for a bar, or None.
+def passes(engine, rollout, groups, tokens_per_batch, progress="update"):
+    """The micro-batches of one update on some groups of a rollout, in turn: yields (prompts, rows, factor). progress: text for a bar, or None.
 
     All ranks get equally many, because a backward pass waits for the gradients of the other ranks. A rank that has fewer than another
     runs its first response once more, with factor = 0: its loss is multiplied by 0. Otherwise the factor is 1. DDP exchanges
     gradients in the last pass only. FSDP2 exchanges them in every pass, so that no rank ever holds all of them.
     """
+    micro_batches = list(rollout.micro_batches(tokens_per_batch, groups, bare(engine).path()))
     number = max(gather([len(micro_batches)]))
     for i in tqdm(range(number), progress, leave=False, disable=None if progress and rank() == 0 else True):
-        piece = (*micro_batches[i], 1) if i < len(micro_batches) else ([0], [0], 0)
+        members, rows, factor = (*micro_batches[i], 1) if i < len(micro_batches) else ([0], [0], 0)
         apart = isinstance(engine, DistributedDataParallel) and i < number - 1
         with engine.no_sync() if apart else contextlib.nullcontext():
-            yield piece
+            yield [rollout.prompts[q] for q in members], rows, factor
 
 
 def clip_gradients(engine, max_norm):

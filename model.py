@@ -39,11 +39,15 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import cached_file, is_torchvision_available
 
+import paths
 from cache import PolicyCache, RoomyLayer, static_layer
 from loss import token_entropy
-from prompts import Example, append, collate, encode, is_per_token
+from prompts import Example, collate, encode, is_per_token
 
 transformers.utils.logging.disable_progress_bar()  # its bars ignore that output may be no terminal; ours do not
+CHUNK = 2**26  # logits at a time in an update: 256 MiB a tensor
+REFUSALS = (NotImplementedError, TypeError, ValueError)  # what a model answers to a cache, a mask or positions that it does not know
+RECURRENT = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}  # layer_types in which no prompt can be shared
 FIRST_LIMIT = 10  # seconds for the first prompt of a model's processor; an ordinary one takes a hundredth of one
 
 
@@ -399,9 +403,11 @@ class Policy(nn.Module):
         self.eos_ids = sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])})
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         model.generation_config = neutral_generation_config(self)
-        text = model.config.get_text_config()  # packing needs a mask of its own, which would overrule a sliding window
-        layers = getattr(text, "layer_types", None) or ["sliding" if getattr(text, "sliding_window", None) else "full_attention"]
-        self.can_pack = set(layers) == {"full_attention"}
+        text = model.config.get_text_config()
+        layers = set(getattr(text, "layer_types", None) or ["sliding" if getattr(text, "sliding_window", None) else "full_attention"])
+        self.can_pack = layers == {"full_attention"}  # packing needs a mask of its own, which would overrule a sliding window
+        if layers & RECURRENT:  # such a layer keeps no keys and values that several responses could read
+            self.share_prompt = False
         # Most heads are a matrix product; some scale or cap their logits, which only the model's own forward pass knows.
         head = model.get_output_embeddings()
         with torch.no_grad():
@@ -415,6 +421,18 @@ class Policy(nn.Module):
     def precision(self):
         """Computing in bfloat16 on float32 weights, if asked for: an Adam step of 1e-6 is lost in a bfloat16 weight."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
+
+    def casts_kept(self):
+        """Inside, the bfloat16 copy of a weight is made at its first use and kept, for passes whose weights do not change.
+
+        torch forgets the copies at the end of the outermost context. This one casts nothing itself, and makes `precision` an inner one.
+        """
+        return torch.autocast(self.device.type, enabled=False)
+
+    @property
+    def matmul_dtype(self):
+        """The type that matrix products and attention compute in."""
+        return self.compute_dtype if self.compute_dtype == torch.bfloat16 else self.model.dtype
 
     def path(self):
         """How prompts are run now.
@@ -479,46 +497,16 @@ class Policy(nn.Module):
         return cache, repeated, offset.repeat_interleave(copies, dim=0)
 
     def states(self, prompts, response_ids, response_mask, path=None):
-        """The hidden state that predicts each response token: (B, T, H), rows of len(response_ids) // len(prompts) a prompt."""
-        run = {"cache": self.states_on_cache, "packed": self.states_packed, "plain": self.states_plain}[path or self.path()]
+        """The hidden state that predicts each response token: (B, T, H), rows of len(response_ids) // len(prompts) a prompt; 0 on padding."""
+        states = self.token_states(prompts, response_ids, response_mask, path)
+        full = states.new_zeros(*response_mask.shape, states.shape[-1])
+        return full.masked_scatter(response_mask[..., None], states)
+
+    def token_states(self, prompts, response_ids, response_mask, path=None):
+        """The same of the N real tokens alone, response after response: (N, H)."""
+        run = {"cache": paths.on_cache, "packed": paths.packed, "plain": paths.plain}[path or self.path()]
         with self.precision():  # one context for all passes, so that weights are cast once
-            return run(prompts, response_ids, response_mask, len(response_ids) // len(prompts))
-
-    def states_plain(self, prompts, response_ids, response_mask, copies):
-        """Prompt and response in one row of B: what most code does, and the reference for the other two."""
-        batch = collate(prompts, copies, self.pad_id, self.device)
-        start = batch["input_ids"].shape[1] - 1  # the column of the last prompt token
-        batch = append(batch, response_ids[:, :-1], response_mask[:, :-1].long())
-        return self.model.base_model(**batch, **self.positions(batch), use_cache=False)[0][:, start:]
-
-    def states_on_cache(self, prompts, response_ids, response_mask, copies):
-        """The prompt's cache, repeated; on it the last prompt token and the response."""
-        cache, batch, offset = self.prefill(prompts, copies, room=0 if torch.is_grad_enabled() else response_ids.shape[1])
-        ids = torch.cat([batch["input_ids"][:, -1:], response_ids[:, :-1]], dim=1)  # (B, T)
-        mask = torch.cat([batch["attention_mask"], response_mask[:, :-1].long()], dim=1)  # (B, L + T - 1)
-        position = (mask.cumsum(1) - 1)[:, -ids.shape[1] :] + offset  # the same on all three axes: text has no grid
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "past_key_values": cache}
-        return self.model.base_model(**inputs, use_cache=True)[0]
-
-    def states_packed(self, prompts, response_ids, response_mask, copies):
-        """One row per prompt: the prompt, then its responses one after the other, each of which sees the prompt and itself."""
-        batch, body = collate(prompts, 1, self.pad_id, self.device), self.model.base_model
-        (Q, L), tail = batch["input_ids"].shape, response_ids.shape[1] - 1  # a response's last token predicts nothing
-        if hasattr(body, "get_rope_index") and batch["mm_token_type_ids"].any():
-            position, offset = body.get_rope_index(**batch)  # (3, Q, L), (Q, 1)
-        else:
-            position, offset = self.positions(batch)["position_ids"], 0
-        after = batch["attention_mask"].sum(1, keepdim=True) + offset + torch.arange(tail, device=self.device)  # (Q, tail)
-        position = torch.cat([position, after.repeat(1, copies).expand(*position.shape[:-1], -1)], dim=-1)
-        batch = append(batch, response_ids[:, :-1].reshape(Q, -1), response_mask[:, :-1].long().reshape(Q, -1))
-        part = torch.cat([torch.zeros(L), torch.arange(1, copies + 1).repeat_interleave(tail)]).to(self.device)  # 0: prompt
-        sees = ((part == 0) | (part == part[:, None])).tril() & (batch["attention_mask"] > 0)[:, None, None]  # (Q, 1, N, N)
-        # Added to attention scores. The smallest bfloat16 and not -inf: a padded row sees nothing and must not become NaN.
-        barrier = torch.zeros(sees.shape, dtype=self.model.dtype, device=self.device).masked_fill(~sees, torch.finfo(torch.bfloat16).min)
-        states = body(**batch | {"attention_mask": barrier}, position_ids=position, use_cache=False)[0]  # (Q, N, H)
-        opening = states[:, L - 1 : L, None].expand(-1, copies, -1, -1)  # (Q, 1, H) -> (Q, G, 1, H)
-        rest = states[:, L:].reshape(Q, copies, tail, -1)
-        return torch.cat([opening.reshape(Q, copies, 1, -1), rest], dim=2).flatten(0, 1)
+            return run(self, prompts, response_ids, response_mask, len(response_ids) // len(prompts))
 
     def own_head(self, states):
         """(N, H) -> (N, V) logits by the model's own forward pass, whose body is made to return the given states."""
@@ -539,32 +527,36 @@ class Policy(nn.Module):
         """Go on sharing prompts only where that gives this model's own numbers on a first one. Returns a sentence for the log.
 
         Rounding moves less than 1e-3 of a token's probability to other tokens (bfloat16: 0.05). A model that makes something else
-        of a repeated cache, or of the positions and masks it is given, is off by far more, or raises.
+        of a repeated cache, or of the positions and masks it is given, is off by far more, or refuses them. What else may go wrong
+        is a fault of the code, and is raised.
         """
         was_training, limit = self.training, 1e-3 if self.compute_dtype == torch.float32 else 0.05
         self.eval()
         words = [i for i in prompt["input_ids"].unique().tolist() if i not in self.forbidden]
         ids = torch.full((2, 4), words[0], device=self.device)  # any tokens do, if they are two different rows
         ids[1, ::2] = words[-1]
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        mask[1, 3] = False
 
         def probabilities(path):
-            return self.logits(self.states([prompt], ids, torch.ones_like(ids, dtype=torch.bool), path)).softmax(-1)
+            return self.logits(self.token_states([prompt], ids, mask, path)).softmax(-1)
 
         with one_sentence(f"model '{self.model.name_or_path}' cannot read a first prompt"):
-            plain, notes, good = probabilities("plain"), [], {}
-        for path in ("cache", "packed"):
+            plain, notes, good = probabilities("plain"), [], {"cache": False, "packed": False}
+        for path in good if self.share_prompt else ():
             try:
                 moved = (probabilities(path) - plain).abs().sum(-1).mean().item()
                 good[path], reason = moved < limit, f"moves {moved:.0e} of the probability"
-            except torch.OutOfMemoryError:
+            except REFUSALS as error:
+                reason = f"fails ({(str(error) or type(error).__name__).splitlines()[0][:80]})"
+            except Exception as error:
+                error.add_note(f"The path '{path}' of model.py failed on a first prompt. --no_share_prompt goes on without it.")
                 raise
-            except Exception as error:  # whatever a model answers to a cache or mask that it does not expect
-                good[path], reason = False, f"fails ({str(error).splitlines()[0][:80]})"
             notes.append(f"{path} {reason}")
         self.train(was_training)
         self.share_prompt, self.can_pack = self.share_prompt and good["cache"], self.can_pack and good["packed"]
         where = {"cache": "run once for its group", "packed": "run once for its group, packed in updates", "plain": "repeated for each response"}
-        return f"a prompt is {where[self.path()]} ({', '.join(notes)})"
+        return f"a prompt is {where[self.path()]}" + (f" ({', '.join(notes)})" if notes else "")
 
     def logits(self, states):
         """(..., H) -> (..., V) float32 logits of the distribution that is sampled: temperature applied, placeholders at -inf."""
@@ -574,14 +566,60 @@ class Policy(nn.Module):
         bias[self.forbidden] = -torch.inf
         return torch.add(bias, logits, alpha=1 / self.temperature)
 
+    def scores(self, states, ids, with_entropy):
+        """(n, H) states and (n,) sampled tokens -> (n, 1) log-probs or, with the entropies beside them, (n, 2)."""
+        logits = self.logits(states)
+        logprobs = logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+        return torch.stack([logprobs, token_entropy(logits)] if with_entropy else [logprobs], dim=1)
+
     def forward(self, prompts, response_ids, response_mask, needs_logits, with_entropy=False):
         """log pi(o_t | I, s_t) of the sampled tokens, (B, T), at the tokens of `needs_logits`, 0 elsewhere; optionally their entropy.
 
-        needs_logits: (B, T) bool. Only these tokens ever get a row of logits. With TGF that is a share k of them.
+        needs_logits: (B, T) bool, real tokens only. Only these ever get a row of logits. With TGF that is a share k of them.
         """
-        states = self.states(prompts, response_ids, response_mask)
-        logits = self.logits(states[needs_logits])  # (N, V)
-        chosen = logits.gather(-1, response_ids[needs_logits][:, None])[:, 0] - logits.logsumexp(-1)
-        zeros = torch.zeros_like(response_ids, dtype=chosen.dtype)
-        logprobs = zeros.masked_scatter(needs_logits, chosen)
-        return logprobs, zeros.masked_scatter(needs_logits, token_entropy(logits)) if with_entropy else None
+        states = self.token_states(prompts, response_ids, response_mask)[needs_logits[response_mask]]  # (n, H)
+        weights = [weight for weight in self.model.get_output_embeddings().parameters() if weight.requires_grad]
+        scores = InChunks.apply(self, with_entropy, response_ids[needs_logits], states, *weights)
+        zeros = torch.zeros_like(response_ids, dtype=scores.dtype)
+        logprobs, *entropy = (zeros.masked_scatter(needs_logits, values) for values in scores.unbind(1))
+        return logprobs, entropy[0] if with_entropy else None
+
+
+class InChunks(torch.autograd.Function):
+    """Policy.scores of many tokens, of which only a chunk has logits at any time, in the forward and in the backward pass.
+
+    A token has V logits, so those of all tokens would fill gigabytes. The forward pass keeps only a token's scores. The backward pass
+    makes the logits of a chunk once more, takes its gradient, and forgets them before the next chunk. The head's gradient is the
+    sum over the chunks. It is added up in float32, also for a head in bfloat16, whose three digits would lose small terms.
+    """
+
+    @staticmethod
+    def forward(ctx, policy, with_entropy, ids, states, *weights):
+        """ids: (n,); states: (n, H); weights: of the head, named here only so that they get a gradient. Returns (n, 1 or 2)."""
+        ctx.policy, ctx.with_entropy, ctx.weights = policy, with_entropy, weights
+        ctx.save_for_backward(ids, states)
+        with policy.casts_kept():
+            return torch.cat([policy.scores(*chunk, with_entropy) for chunk in InChunks.cut(policy, states, ids)])
+
+    @staticmethod
+    def cut(policy, *tensors):
+        """Tensors of a row a token, chunk by chunk: CHUNK / V tokens at a time."""
+        size = max(1, CHUNK // policy.model.get_output_embeddings().weight.shape[0])
+        return zip(*(tensor.split(size) for tensor in tensors))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """gradient: (n, 1 or 2) of the loss by each score. Returns the gradients by `states` and `weights`."""
+        ids, states = ctx.saved_tensors
+        sums = [torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) for weight in ctx.weights]
+        by_states = []
+        with ctx.policy.casts_kept(), torch.enable_grad():
+            for chunk, chunk_ids, chunk_gradient in InChunks.cut(ctx.policy, states, ids, gradient):
+                chunk = chunk.detach().requires_grad_()
+                scores = ctx.policy.scores(chunk, chunk_ids, ctx.with_entropy)
+                by_chunk, *by_weights = torch.autograd.grad(scores, (chunk, *ctx.weights), chunk_gradient)
+                by_states.append(by_chunk)
+                for total, part in zip(sums, by_weights):
+                    total += part
+        by_weights = [total.to(weight.dtype) for total, weight in zip(sums, ctx.weights)]
+        return None, None, None, torch.cat(by_states), *by_weights

@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from paths import computed_tokens, too_padded
 from prompts import collate
 
 
@@ -65,27 +66,48 @@ class Rollout:
         """The same responses with an empty mask, so that none of their tokens counts."""
         return replace(self, response_mask=torch.zeros_like(self.response_mask))
 
-    def micro_batches(self, tokens_per_batch, groups=None):
+    def micro_batches(self, tokens_per_batch, groups=None, path="cache"):
         """Cut the rollout (or some of its groups) into pieces for one forward pass each: yields (prompt indices, row indices).
 
-        As many whole groups as fit into tokens_per_batch go together, for a group shares its prompt; a group is split only when
-        it alone does not fit. At least one response goes at a time. The results do not depend on the cut, but for rounding.
+        path: how the policy runs a piece (paths.py). As many whole groups as fit into tokens_per_batch go together, for a group shares
+        its prompt. Similar lengths go together, and a piece ends where padding would become too much. A group is split only when
+        it alone does not fit, by length. On the plain path, which shares nothing, each response goes by itself and names its prompt. At
+        least one response goes at a time. The results do not depend on the cut, but for rounding.
         """
-        G, T = self.group_size, self.response_ids.shape[1]
-        pending, tokens = [], 0
+        prompts = [prompt["input_ids"].shape[1] for prompt in self.prompts]
+        lengths = self.response_mask.sum(1).clamp(min=1).int().tolist()
+
+        def size(units):
+            """computed_tokens of some (prompt index, row indices)."""
+            return computed_tokens(path, [prompts[q] for q, _ in units], [[lengths[row] for row in rows] for _, rows in units])
+
+        units, pending = [], []
         for q in range(len(self.prompts)) if groups is None else groups:
-            cost = self.prompts[q]["input_ids"].shape[1] + G * T
-            if pending and tokens + cost > tokens_per_batch:
-                yield pending, self.rows(pending)
-                pending, tokens = [], 0
-            if cost > tokens_per_batch:  # alone too large: some of its responses at a time
-                at_once = max(1, (tokens_per_batch - cost + G * T) // T)
-                for g in range(0, G, at_once):
-                    yield [q], [q * G + i for i in range(g, min(g + at_once, G))]
+            rows = self.rows([q])
+            if path == "plain":
+                units += [(q, [row]) for row in rows]
+            elif size([(q, rows)])[0] <= tokens_per_batch:
+                units.append((q, rows))
             else:
-                pending, tokens = pending + [q], tokens + cost
+                parts = []
+                for row in sorted(rows, key=lambda row: -lengths[row]):
+                    room = [part for part in parts if size([(q, [*part, row])])[0] <= tokens_per_batch]
+                    room[0].append(row) if room else parts.append([row])
+                yield from (([q], part) for part in parts)
+        # The largest first: if memory does not suffice, it shows at once.
+        for unit in sorted(units, key=lambda unit: -size([unit])[1]):
+            computed, aligned, real = size([*pending, unit])
+            if pending and (computed > tokens_per_batch or too_padded(aligned, real)):
+                yield piece(pending)
+                pending = []
+            pending.append(unit)
         if pending:
-            yield pending, self.rows(pending)
+            yield piece(pending)
+
+
+def piece(units):
+    """[(prompt index, row indices)] -> (prompt indices, row indices)."""
+    return [q for q, _ in units], [row for _, rows in units for row in rows]
 
 
 def concatenate(rollouts):

@@ -13,7 +13,7 @@ responses, so they are measured before an update changes it. And an update must 
 
 DAPO and GRPO are this step with parts switched off (config.py: METHODS). Read dependency.py and loss.py next, where the equations are.
 On one process read `total(x)`, `totals(x)`, `part_of(x)` and `bare(x)` of distributed as x, `join(x)` as (x, slice(None)), `rank()` and
-`before(x)` as 0, `world()` as 1, `unsharded(x)` as nothing, and `passes(engine, m)` as a loop over the micro-batches m with `factor` = 1.
+`before(x)` as 0, `world()` as 1, `unsharded(x)` as nothing, and `passes(engine, r, ...)` as a loop over the micro-batches of the rollout r, `factor` = 1.
 Shapes: Q prompts, G responses to each, B = Q * G responses in the order of their groups, T tokens in the longest response.
 """
 
@@ -26,7 +26,7 @@ import torch
 
 import distributed
 import loss
-from dependency import mask_images, score
+from dependency import MaskedPrompts, mask_images, score
 from prompts import fetch, with_images
 from reward import grade_example
 from rollout import Rollout, concatenate, generate
@@ -139,13 +139,14 @@ def collect(policy, dataset, cfg, position, reward=grade_example):
 # ---------------------------------------------------------------------------------------------------------------------
 def measure(policy, batch, cfg, mask_image=None, metric=None):
     """Phase 2: sets old_logprobs, entropy and dependency, (B, T) each. Without TGF and TAS the masked pass is left out and S is 0."""
-    masked_prompts = None
-    if cfg.has("tgf") or cfg.has("tas"):
-        masked_prompts = []
-        for prompt, example, position in zip(batch.rollout.prompts, batch.examples, batch.positions):
-            for draw in range(cfg.group_size if cfg.mask_per == "rollout" else 1):  # a masked image per response, or one per prompt
-                images = mask_images(example.images, mask_image or cfg.mask, key=[cfg.seed, position, draw])
-                masked_prompts.append(with_images(policy.processor, prompt, images))
+
+    def masked_prompt(q, draw):
+        """Prompt q with masked images, made when its piece of the batch is scored: those of all prompts would fill gigabytes."""
+        images = mask_images(batch.examples[q].images, mask_image or cfg.mask, key=[cfg.seed, batch.positions[q], draw])
+        return with_images(policy.processor, batch.rollout.prompts[q], images)
+
+    draws = cfg.group_size if cfg.mask_per == "rollout" else 1  # a masked image per response, or one per prompt
+    masked_prompts = MaskedPrompts(masked_prompt, len(batch.examples), draws) if cfg.has("tgf") or cfg.has("tas") else None
     scores = score(policy, batch.rollout, masked_prompts, metric or cfg.metric, cfg.tokens_per_batch)
     batch.old_logprobs, batch.entropy, batch.dependency = scores["logprobs"], scores["entropy"], scores["dependency"]
 
@@ -205,12 +206,11 @@ def update(engine, optimizer, batch, groups, cfg):
     needs_logits = response_mask & (bool(cfg.entropy_penalty) | (batch.token_mask > 0) & (loss.per_token(batch.advantages) != 0))
     weights = batch.token_mask * needs_logits  # (B, T) m of Eq. 4, and 0 where the log-prob is not computed
     exact = cfg.entropy_penalty > 0 and cfg.entropy_form == "exact"
-    micro_batches = rollout.micro_batches(cfg.tokens_per_batch, [q for q in groups if needs_logits[rollout.rows([q])].any()])
+    with_gradient = [q for q in groups if needs_logits[rollout.rows([q])].any()]
     optimizer.zero_grad()
     sums = Counter(loss=0.0, tokens=0, clip_fraction=0.0, approx_kl=0.0)
-    for members, rows, factor in distributed.passes(engine, list(micro_batches)):  # prompts, their responses, 1
-        prompts, ids = [rollout.prompts[q] for q in members], rollout.response_ids[rows]
-        logprobs, entropy = engine(prompts, ids, response_mask[rows], needs_logits[rows], exact)
+    for prompts, rows, factor in distributed.passes(engine, rollout, with_gradient, cfg.tokens_per_batch):  # rows: of responses
+        logprobs, entropy = engine(prompts, rollout.response_ids[rows], response_mask[rows], needs_logits[rows], exact)
         value, stats = loss.policy_loss(
             logprobs, batch.old_logprobs[rows], batch.advantages[rows], response_mask[rows], weights[rows],
             cfg.clip_low, clip_high, cfg.dual_clip, average, denominator=tokens if average == "token" else responses)  # fmt: skip

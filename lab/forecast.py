@@ -97,9 +97,8 @@ def add_batch(tally, engine, batch, weights, cfg, done):
     place = done + distributed.before(len(mine))  # the number of its first group, counted over all ranks
     for i in range(0, max(distributed.gather([len(mine)])), AT_ONCE):
         vectors, own = 0, mine[i : i + AT_ONCE]
-        micro_batches = list(rollout.micro_batches(cfg.tokens_per_batch, own))
-        for members, rows, factor in distributed.passes(engine, micro_batches, progress=None):
-            logprobs, _ = engine([rollout.prompts[q] for q in members], rollout.response_ids[rows], mask[rows], mask[rows])
+        for prompts, rows, factor in distributed.passes(engine, rollout, own, cfg.tokens_per_batch, progress=None):
+            logprobs, _ = engine(prompts, rollout.response_ids[rows], mask[rows], mask[rows])
             sketches = []
             for number, (token_mask, advantages) in enumerate(weights):
                 value, _ = loss.policy_loss(

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch  # noqa: E402
 
 import distributed  # noqa: E402
+import model  # noqa: E402
 from config import Config  # noqa: E402
 from model import Policy, load  # noqa: E402
 from vppo import Batch, measure, modulate, update  # noqa: E402
@@ -54,6 +55,7 @@ def main(folder):
         if shard and distributed.world() == 4:
             continue
         cfg = Config(group_size=saved.rollout.group_size, tokens_per_batch=tokens, max_grad_norm=1e9, shard=shard, **settings)
+        model.CHUNK = 2**26 if name == "all" else 2000  # logits of all tokens at once, or of seven
         policy = Policy(*load(str(folder / "model"))).train()
         if cfg.activation_checkpointing:
             policy.model.activation_checkpointing_enable()

@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 import dependency
 import eval as evaluation
+import paths
 import reward
 import train
 import vppo
@@ -110,8 +111,9 @@ def test_masked_prompts_need_only_the_image_processor(policy, prompts):
 # The shared prompt
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("path", ["cache", "packed"])
-def test_shared_prompt_equals_plain_path(path, policy, prompts):
-    """Hidden states to 1e-9 in float64; gradients, through float32 logits, to 1e-6 of their norm."""
+def test_shared_prompt_equals_plain_path(path, policy, prompts, monkeypatch):
+    """Hidden states to 1e-9 in float64; gradients, through float32 logits, to 1e-6 of their norm. On the cache in several runs."""
+    monkeypatch.setattr(paths, "FEW", 0)
     if path == "packed" and not policy.can_pack:
         assert "sliding_attention" in policy.model.config.get_text_config().layer_types  # Gemma 3
         pytest.skip("layers with a sliding window are not packed")
@@ -169,6 +171,31 @@ def test_the_check_says_which_path_runs(policy, prompts, monkeypatch):
         assert policy.path() == "plain" and "repeated for each response" in note and reason in note
 
 
+@pytest.mark.parametrize("fault", [RuntimeError("tensors on two devices"), AttributeError("no such name"), IndexError("out of range")])
+def test_the_check_raises_what_is_no_refusal(fault, policy, prompts, monkeypatch):
+    """A fault of the code must not end as a slower path. The sentence with it says how to go on, and going on so works."""
+
+    def broken(self, *arguments, **words):
+        raise fault
+
+    monkeypatch.setattr(Policy, "prefill", broken)
+    with pytest.raises(type(fault), match=str(fault)) as caught:
+        policy.check_sharing(prompts[1])
+    assert any("'cache'" in note and "--no_share_prompt" in note for note in caught.value.__notes__)
+    policy.share_prompt = False
+    assert policy.check_sharing(prompts[1]) == "a prompt is repeated for each response"
+
+
+def test_recurrent_layers_share_no_prompt():
+    """Qwen3.5's linear attention keeps a state that runs along, and no keys and values that several responses could read."""
+    dims = dict(TEXT, vocab_size=70, num_hidden_layers=4)
+    sight = dict(depth=1, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32, patch_size=14)
+    model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING["qwen3_5"](text_config=dims, vision_config=sight))
+    policy = Policy(model, tiny.build_processor())
+    assert not policy.share_prompt and policy.path() == "plain"
+    assert policy.check_sharing({"input_ids": torch.arange(20, 30)[None], "attention_mask": torch.ones(1, 10).long()}).endswith("each response")
+
+
 def test_a_sliding_window_without_layer_types_is_not_packed(tmp_path):
     """Mistral's config names a window and no layer types; the window would begin to matter only in long responses."""
     build("llava", tmp_path, model_type="mistral", sliding_window=40)
@@ -182,8 +209,8 @@ def test_a_sliding_window_without_layer_types_is_not_packed(tmp_path):
 def test_the_check_compares_two_different_rows(policy, prompts):
     """Qwen ships its padding token as one of its end tokens."""
     seen = []
-    honest = policy.states
-    policy.states = lambda prompts, ids, *rest: seen.append(ids) or honest(prompts, ids, *rest)
+    honest = policy.token_states
+    policy.token_states = lambda prompts, ids, *rest: seen.append(ids) or honest(prompts, ids, *rest)
     policy.eos_ids = [policy.pad_id, *policy.eos_ids]
     policy.check_sharing(prompts[0])
     assert len(seen) == 3 and not any(torch.equal(ids[0], ids[1]) for ids in seen)

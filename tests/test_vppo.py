@@ -176,8 +176,8 @@ def test_no_gradient_no_step(raw_policy, batch):
 def test_a_step_is_one_rollout_two_scoring_passes_and_its_updates(policy):
     """Which forward passes a default step takes: hidden states of the true and of the masked images once, then one pass an update."""
     passes = []
-    original = policy.states
-    policy.states = lambda prompts, *words: passes.append((torch.is_grad_enabled(), len(prompts))) or original(prompts, *words)
+    original = policy.token_states
+    policy.token_states = lambda prompts, *words: passes.append((torch.is_grad_enabled(), len(prompts))) or original(prompts, *words)
     cfg = Config(prompts_per_step=4, group_size=4, updates_per_rollout=2, max_rounds=1, method="vppo")
     train_step(policy, torch.optim.SGD(policy.parameters()), digits.Digits("train"), cfg, 0, 0)
     groups = passes[0][1]
