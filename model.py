@@ -39,10 +39,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import cached_file, is_torchvision_available
 
-import paths
-from cache import PolicyCache, RoomyLayer, static_layer
 from loss import token_entropy
 from prompts import Example, collate, encode, is_per_token
+from speed import paths
+from speed.cache import PolicyCache, RoomyLayer, static_layer
 
 transformers.utils.logging.disable_progress_bar()  # its bars ignore that output may be no terminal; ours do not
 CHUNK = 2**26  # logits at a time in an update: 256 MiB a tensor

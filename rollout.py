@@ -17,8 +17,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from paths import computed_tokens, too_padded
 from prompts import collate
+from speed.paths import computed_tokens, too_padded
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Rollout:
     def micro_batches(self, tokens_per_batch, groups=None, path="cache"):
         """Cut the rollout (or some of its groups) into pieces for one forward pass each: yields (prompt indices, row indices).
 
-        path: how the policy runs a piece (paths.py). As many whole groups as fit into tokens_per_batch go together, for a group shares
+        path: how the policy runs a piece (speed/paths.py). As many whole groups as fit into tokens_per_batch go together, for a group shares
         its prompt. Similar lengths go together, and a piece ends where padding would become too much. A group is split only when
         it alone does not fit, by length. On the plain path, which shares nothing, each response goes by itself and names its prompt. At
         least one response goes at a time. The results do not depend on the cut, but for rounding.

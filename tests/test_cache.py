@@ -12,11 +12,11 @@ from transformers import CompileConfig, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import rollout
-from cache import PolicyCache, RoomyLayer, static_layer
 from lab.bench import peak_memory
 from model import Policy, load
 from prompts import Example, encode
 from rollout import generate
+from speed.cache import PolicyCache, RoomyLayer, static_layer
 
 LAYERS, HEADS, SIZE = 12, 2, 16  # of the cache: so many layers, key/value heads, and numbers a head
 

@@ -18,7 +18,6 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 import dependency
 import eval as evaluation
-import paths
 import reward
 import train
 import vppo
@@ -27,6 +26,7 @@ from laptop import tiny
 from model import Policy, load, save
 from prompts import Example, encode, with_images
 from rollout import generate
+from speed import paths
 
 SYSTEM = "you are helpful"
 

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dependency
 import model
-import paths
 import vppo
 from config import Config
 from lab import bench
@@ -20,9 +19,10 @@ from lab.bench import LivingTensors
 from laptop import digits
 from loss import token_entropy
 from model import Policy
-from paths import computed_tokens, runs, too_padded
 from prompts import encode
 from rollout import Rollout
+from speed import paths
+from speed.paths import computed_tokens, runs, too_padded
 from vppo import Batch, measure, update
 
 LIMIT = 2048  # --max_new_tokens of the paper's 7B run

@@ -19,8 +19,8 @@ after response, as `states[response_mask]` would list them.
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from cache import in_type, read_by
 from prompts import append, collate, is_per_token
+from speed.cache import in_type, read_by
 
 PADDING = 0.25  # the padding that may be computed with rows, as a share of their real tokens
 FEW = 128  # tokens of padding that are cheaper than a pass of their own
