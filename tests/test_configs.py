@@ -142,11 +142,11 @@ def test_memory_of_the_7b_rollout_by_hand(capsys, workplace):
     whole = 2 * 8.292e9  # gathered in bfloat16
     # 28 layers, keys and values, 4 heads of 128, 2 bytes; 64 responses of 4096 + 2048 tokens
     cache = 28 * 2 * 4 * 128 * 2 * 64 * (4096 + 2048)
-    # The prefill of 8 images of 4096 tokens = 16,384 patches. A patch in a vision layer: 16 x 1280 + 2 (9 x 1280 + 4 x 3420), and
-    # its input, 4 x 1280. (In a text layer a token takes more, 300,032 bytes, but there are four times fewer: 9.83e9.)
-    prefill = 8 * 16_384 * (16 * 1280 + 2 * (9 * 1280 + 4 * 3420) + 4 * 1280)
+    cache += 2 * 4 * 128 * 2 * 8 * 4096  # and a layer of the eight prompts' own
+    # A token in a layer: 16 x 3584 + 2 (9 x 3584 + 4 x 18,944 + 6144), and its input, 4 x 3584
+    token = 64 * (16 * 3584 + 2 * (9 * 3584 + 4 * 18_944 + 6144) + 4 * 3584)
     logits = 4 * 64 * 4 * 152_064
-    assert float(table(out)[8][3]) == pytest.approx((states + whole + cache + prefill + logits) / 2**30, abs=0.06)
+    assert float(table(out)[8][3]) == pytest.approx((states + whole + cache + token + logits) / 2**30, abs=0.06)
 
 
 def test_the_smallest_card_by_hand(capsys, workplace):

@@ -145,22 +145,28 @@ def test_offloaded_states_are_there_in_the_optimizers_step_alone():
 # ---------------------------------------------------------------------------------------------------------------------
 def test_kv_cache_and_logits_by_hand():
     sizes = memory_per_gpu(small(), **WORK)
-    # 2 layers x (keys, values) x 1 head x size 4 x 4 bytes = 64 bytes a token, 16 tokens a response: 1024; sharded, bf16: half
-    assert in_bytes(sizes["rollout"])["kv cache"] == 4 * 1024
-    assert in_bytes(sizes["score"])["kv cache"] == 2 * 1024
-    assert in_bytes(memory_per_gpu(small(), 8, True, **WORK)["rollout"])["kv cache"] == 4 * 512
+    # 2 layers x (keys, values) x 1 head x size 4 x 2 bytes = 32 bytes a token; float32: 64. A response has 16 tokens.
+    assert in_bytes(sizes["score"])["kv cache"] == 2 * 16 * 32
     assert in_bytes(memory_per_gpu(small(), share_prompt=False, **WORK)["score"])["kv cache"] == 0
-    assert in_bytes(memory_per_gpu(small(), bf16=False, **WORK)["rollout"])["kv cache"] == 4 * 1024
+    # Responses as short as these make the rollout largest when it reads its two prompts of 6 tokens (repeated: four).
+    for flags, size in (({}, 2 * 32), ({"bf16": False}, 2 * 64), ({"share_prompt": False}, 4 * 32)):
+        reading = in_bytes(memory_per_gpu(small(), **WORK | flags)["rollout"])
+        assert (reading["kv cache"], reading["logits"]) == (6 * size, 0)
+    # Long ones make it largest at their end: four responses, and a layer, which is half, of the two prompts' own cache (repeated: of all)
+    long = WORK | dict(response_tokens=1000)
+    for flags, layer in (({}, 2 * 6), ({"share_prompt": False}, 4 * 1006)):
+        writing = in_bytes(memory_per_gpu(small(), **long | flags)["rollout"])
+        assert writing["kv cache"] == 4 * 1006 * 32 + layer * 32 // 2 and writing["logits"] == 4 * 4 * 128
     # 20 response tokens, 8 of them kept, rows of 32 x 4 bytes
     assert in_bytes(sizes["update"])["logits"] == 4 * 8 * 128
     assert in_bytes(sizes["score"])["logits"] == 8 * 20 * 128
-    assert in_bytes(sizes["rollout"])["logits"] == 4 * 4 * 128
 
 
 def test_no_more_responses_than_are_generated_at_once():
     for limit, responses in ((7, 6), (4, 4), (3, 2), (1, 1)):  # groups of two: three, two, one, half of one
-        sizes = memory_per_gpu(small(), **WORK | dict(responses_at_once=limit))
-        assert in_bytes(sizes["rollout"])["kv cache"] == responses * 1024
+        sizes = memory_per_gpu(small(), **WORK | dict(responses_at_once=limit, response_tokens=1000))
+        prompts = max(1, responses // 2)
+        assert in_bytes(sizes["rollout"])["kv cache"] == responses * 1006 * 32 + prompts * 6 * 32 // 2
 
 
 def test_scoring_never_holds_more_than_a_chunk_of_logits():
