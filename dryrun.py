@@ -81,7 +81,7 @@ def layer_bytes(hidden, query, intermediate, context, bf16, lora_rank=0):
 def memory_per_gpu(
     config, gpus=1, shard=False, image_tokens=1024, text_tokens=256, response_tokens=2048, group_size=Config.group_size,
     tokens_per_batch=Config.tokens_per_batch, responses_at_once=Config.responses_at_once, k=Config.k,
-    bf16=True, activation_checkpointing=False, share_prompt=Config.share_prompt, exact_entropy=False, weights=None,
+    bf16=True, activation_checkpointing=False, share_prompt=Config.share_prompt, exact_entropy=False, top_p=Config.top_p, weights=None,
     lora_rank=0, freeze="", offload_optimizer=False, trained=None,
 ):  # fmt: skip
     """GiB on one GPU: {"rollout": {part: GiB, ..., "total"}, "score": .., "update": .., "peak": largest total}.
@@ -139,11 +139,17 @@ def memory_per_gpu(
     # A call of generate is largest when it reads the prompts, or when it has written to the end and its one cache is full. Beside the
     # full cache lives one layer of the prompts' own, which it is filled from; a cache of repeated prompts copies a layer as it grows.
     reads = prefilled if share_prompt else generated  # how often a prompt is run
-    reading = {"kv cache": reads * prompt * kv_token, "activations": activations(prefilled, generated, 0, share_prompt, "nothing"), "logits": 0}
+    side = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+    pixels = patches * 4 * 3 * getattr(vision, "temporal_patch_size", 1) * side**2  # float32; kept to the end where prompts are repeated
+    reading = {
+        "kv cache": reads * prompt * kv_token, "logits": 0,
+        "activations": reads * pixels + activations(prefilled, generated, 0, share_prompt, "nothing"),
+    }  # fmt: skip
     writing = {
         "kv cache": generated * kv_cache + (prefilled * prompt * kv_token if share_prompt else generated * kv_cache) // layers,
-        "activations": generated * (inner + outer),  # of one token
-        "logits": 4 * generated * 4 * text.vocab_size,  # float32, of one token: raw, processed, probabilities, sorted
+        "activations": generated * (inner + outer) + (0 if share_prompt else generated * pixels),  # of one token
+        # float32, of one token: raw ones twice, without the forbidden ones, probabilities, two to draw; sorted ones, too, for top-p
+        "logits": (11 if top_p < 1 else 6) * generated * 4 * text.vocab_size,
     }
 
     total, root, unit = weights or count_parameters(config)
@@ -266,7 +272,7 @@ def memory_of(cfg, config, weights, trained, gpus):
         config, gpus, cfg.shard, response_tokens=cfg.max_new_tokens, group_size=cfg.group_size,
         tokens_per_batch=cfg.tokens_per_batch, responses_at_once=cfg.responses_at_once, k=1 if every else cfg.k,
         bf16=cfg.dtype == "bfloat16", activation_checkpointing=cfg.activation_checkpointing, share_prompt=cfg.share_prompt,
-        exact_entropy=cfg.entropy_penalty > 0 and cfg.entropy_form == "exact", weights=weights, trained=trained,
+        exact_entropy=cfg.entropy_penalty > 0 and cfg.entropy_form == "exact", top_p=cfg.top_p, weights=weights, trained=trained,
         lora_rank=cfg.lora_rank, freeze=cfg.freeze, offload_optimizer=cfg.offload_optimizer, **prompt,
     )  # fmt: skip
 

@@ -140,12 +140,12 @@ def test_memory_of_the_7b_rollout_by_hand(capsys, workplace):
     out = described(capsys, "--config", str(ROOT / "configs" / "qwen2.5-vl-7b.json"))
     states = 12 * 8.292e9 / 8  # float32 weights and two Adam moments, over 8 GPUs
     whole = 2 * 8.292e9  # gathered in bfloat16
-    # 28 layers, keys and values, 4 heads of 128, 2 bytes; 64 responses of 4096 + 2048 tokens
-    cache = 28 * 2 * 4 * 128 * 2 * 64 * (4096 + 2048)
-    cache += 2 * 4 * 128 * 2 * 8 * 4096  # and a layer of the eight prompts' own
-    # A token in a layer: 16 x 3584 + 2 (9 x 3584 + 4 x 18,944 + 6144), and its input, 4 x 3584
+    # At the end of the rollout. 28 layers, keys and values, 4 heads of 128, 2 bytes; 64 responses of 4096 + 2048 tokens, and one layer of
+    # the 8 prompts. (When it reads them, they have a cache of 28 layers, but the 64 have none, and the vision tower needs 1.1e10 bytes.)
+    cache = 2 * 4 * 128 * 2 * (28 * 64 * (4096 + 2048) + 8 * 4096)
+    # One token of each response in a layer, and its input, 4 x 3584; it may see 6144. With top-p its logits lie there eleven times.
     token = 64 * (16 * 3584 + 2 * (9 * 3584 + 4 * 18_944 + 6144) + 4 * 3584)
-    logits = 4 * 64 * 4 * 152_064
+    logits = 11 * 64 * 4 * 152_064
     assert float(table(out)[8][3]) == pytest.approx((states + whole + cache + token + logits) / 2**30, abs=0.06)
 
 

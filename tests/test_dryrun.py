@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import build
+from PIL import Image
 from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLConfig
 
 import dryrun
 from dryrun import MODELS, count_parameters, count_trained, layer_bytes, memory_per_gpu, qwen
-from model import add_adapter
-from rollout import Rollout
+from lab.bench import peak_memory
+from model import Policy, add_adapter, load
+from prompts import Example, encode
+from rollout import Rollout, generate
 
 GIB = 2**30
 # Parameters of `small`, by hand.
@@ -145,28 +149,52 @@ def test_offloaded_states_are_there_in_the_optimizers_step_alone():
 # ---------------------------------------------------------------------------------------------------------------------
 def test_kv_cache_and_logits_by_hand():
     sizes = memory_per_gpu(small(), **WORK)
-    # 2 layers x (keys, values) x 1 head x size 4 x 2 bytes = 32 bytes a token; float32: 64. A response has 16 tokens.
-    assert in_bytes(sizes["score"])["kv cache"] == 2 * 16 * 32
+    # 2 layers x (keys, values) x 1 head x size 4 x 2 bytes = 32 bytes a token, 16 tokens a response; float32: twice as much
+    assert in_bytes(sizes["score"])["kv cache"] == in_bytes(memory_per_gpu(small(), 8, True, **WORK)["score"])["kv cache"] == 2 * 512
+    assert in_bytes(memory_per_gpu(small(), bf16=False, **WORK)["score"])["kv cache"] == 2 * 1024
     assert in_bytes(memory_per_gpu(small(), share_prompt=False, **WORK)["score"])["kv cache"] == 0
-    # Responses as short as these make the rollout largest when it reads its two prompts of 6 tokens (repeated: four).
-    for flags, size in (({}, 2 * 32), ({"bf16": False}, 2 * 64), ({"share_prompt": False}, 4 * 32)):
-        reading = in_bytes(memory_per_gpu(small(), **WORK | flags)["rollout"])
-        assert (reading["kv cache"], reading["logits"]) == (6 * size, 0)
-    # Long ones make it largest at their end: four responses, and a layer, which is half, of the two prompts' own cache (repeated: of all)
-    long = WORK | dict(response_tokens=1000)
-    for flags, layer in (({}, 2 * 6), ({"share_prompt": False}, 4 * 1006)):
-        writing = in_bytes(memory_per_gpu(small(), **long | flags)["rollout"])
-        assert writing["kv cache"] == 4 * 1006 * 32 + layer * 32 // 2 and writing["logits"] == 4 * 4 * 128
     # 20 response tokens, 8 of them kept, rows of 32 x 4 bytes
     assert in_bytes(sizes["update"])["logits"] == 4 * 8 * 128
     assert in_bytes(sizes["score"])["logits"] == 8 * 20 * 128
 
 
+def test_a_rollout_by_hand():
+    """Two prompts and four responses in a call. With responses of 10 it is largest when it reads the prompts, with 100 at its end."""
+
+    def rollout(tokens, **flags):
+        found = in_bytes(memory_per_gpu(small(), **WORK | {"response_tokens": tokens} | flags)["rollout"])
+        return found["kv cache"], found["activations"], found["logits"]
+
+    # 2 x 6 tokens of 32 bytes; 2 images of 16 patches x 3 x 2 x 14 x 14 float32 = 75,264 bytes, and 16 x (400 + 32) in a tower's layer
+    assert rollout(10) == (12 * 32, 2 * (75_264 + 6_912), 0)
+    assert rollout(10, share_prompt=False) == (24 * 32, 4 * (75_264 + 6_912), 0)
+    # Responses of 10,000. All keys and values, one of the prompts' two layers, one token in a layer, six rows of logits.
+    inner = 128 + 2 * (40 + 32 + 64 + 10_006)  # bytes of a token; it may see 10,006
+    assert rollout(10_000) == (4 * 10_006 * 32 + 2 * 6 * 16, 4 * (inner + 32), 6 * 4 * 128)
+    assert rollout(10_000, bf16=False)[0] == 2 * rollout(10_000)[0] and rollout(10_000, top_p=0.9)[2] == 11 * 4 * 128
+    # Repeated prompts: a layer of the whole cache is copied when it grows, and images are kept.
+    assert rollout(10_000, share_prompt=False)[:2] == (4 * 10_006 * (32 + 16), 4 * (inner + 32 + 75_264))
+
+
 def test_no_more_responses_than_are_generated_at_once():
-    for limit, responses in ((7, 6), (4, 4), (3, 2), (1, 1)):  # groups of two: three, two, one, half of one
-        sizes = memory_per_gpu(small(), **WORK | dict(responses_at_once=limit, response_tokens=1000))
-        prompts = max(1, responses // 2)
-        assert in_bytes(sizes["rollout"])["kv cache"] == responses * 1006 * 32 + prompts * 6 * 32 // 2
+    for limit, prompts, responses in ((7, 3, 6), (4, 2, 4), (3, 1, 2), (1, 1, 1)):  # groups of two: three, two, one, half of one
+        sizes = memory_per_gpu(small(), **WORK | dict(responses_at_once=limit, response_tokens=10_000))
+        assert in_bytes(sizes["rollout"])["kv cache"] == responses * 10_006 * 32 + prompts * 6 * 16
+
+
+@pytest.mark.parametrize("bf16, share_prompt", [(True, True), (False, True), (True, False)])
+def test_a_rollout_holds_what_is_estimated(bf16, share_prompt, tmp_path):
+    """All bytes alive at once in a rollout of two calls, weights aside; with short prompts, and with long ones and short responses."""
+    build("qwen2_5_vl", tmp_path, num_hidden_layers=12, num_key_value_heads=2, vocab_size=2000)
+    policy = Policy(*load(str(tmp_path)), dtype="bfloat16" if bf16 else "float32", share_prompt=share_prompt)
+    policy.forbidden = sorted({*policy.forbidden, *policy.eos_ids})  # no response ends before its limit
+    for words, tokens, limit in ((3, 16, 1.25), (200, 3, 1.25 if share_prompt else 1.5)):
+        example = Example([Image.new("RGB", (56, 28))], "what is the digit ?" + " now" * words, "1")  # two image tokens
+        prompts = [encode(policy.processor, example)] * 4
+        peak = peak_memory(lambda: generate(policy, prompts, 4, tokens, responses_at_once=8))
+        work = dict(image_tokens=2, text_tokens=prompts[0]["input_ids"].shape[1] - 2, response_tokens=tokens, group_size=4, responses_at_once=8)
+        found = in_bytes(memory_per_gpu(policy.model.config, bf16=bf16, share_prompt=share_prompt, **work)["rollout"])
+        assert 1 <= (found["total"] - found["parameters"] - found["adam"]) / peak < limit
 
 
 def test_scoring_never_holds_more_than_a_chunk_of_logits():

@@ -198,9 +198,9 @@ def test_a_step_has_the_numbers_of_the_cpu(name):
 
 
 @on_gpu
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", [*PATHS, "static cache"])
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(name):
-    path, settings = PATHS[name]
+    path, settings = PATHS.get(name) or ("cache", STEPS[name])
     cfg = Config(**SIZES, dtype="bfloat16", **settings)
     policy, seen = policy_on("cuda", cfg), set()
     policy.model.lm_head.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
