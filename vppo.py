@@ -13,7 +13,7 @@ responses, so they are measured before an update changes it. And an update must 
 
 DAPO and GRPO are this step with parts switched off (config.py: METHODS). Read dependency.py and loss.py next, where the equations are.
 On one process read `total(x)`, `totals(x)`, `part_of(x)` and `bare(x)` of distributed as x, `join(x)` as (x, slice(None)), `rank()` and
-`before(x)` as 0, `world()` as 1, `unsharded(x)` as nothing, and `passes(engine, r, ...)` as a loop over the micro-batches of the rollout r, `factor` = 1.
+`before(x)` as 0, `world()` as 1, `unsharded(x)` as nothing, and `passes(engine, r, ...)` as a loop over the micro-batches of r with `factor` = 1.
 Shapes: Q prompts, G responses to each, B = Q * G responses in the order of their groups, T tokens in the longest response.
 """
 
@@ -193,10 +193,10 @@ def deal(batch, cfg):
 def update(engine, optimizer, batch, groups, cfg):
     """Phase 4: one optimizer step on some groups of the batch, micro-batch by micro-batch. Returns sums for the metrics.
 
-    A token has a gradient if the filter keeps it, its response's advantage is not 0, and the clip has not taken it away. An entropy
-    penalty gives one to all response tokens. The loss is divided by the number of *all* response tokens of this update, filtered ones
-    too, over all micro-batches and ranks. With average "sequence" (Eq. 6 as printed; the default of "grpo" and "vppo_grpo") a response
-    is divided by its own number of tokens, and their sum by the number of responses.
+    A token has a gradient, that is, its log-prob moves the loss, if the filter keeps it, its response's advantage is not 0, and the clip
+    has not taken it away. An entropy penalty gives one to all response tokens. The loss is divided by the number of *all* response
+    tokens of this update, filtered ones too, over all micro-batches and ranks. With average "sequence" (Eq. 6 as printed; the default of
+    "grpo" and "vppo_grpo") a response is divided by its own number of tokens, and their sum by the number of responses.
     """
     rollout, response_mask = batch.rollout, batch.rollout.response_mask
     average, clip_high = cfg.recipe()
