@@ -57,6 +57,7 @@ def main(argv=None, *, reward=None, mask_image=None, metric=None, credit=None):
     reward, mask_image, metric, credit: functions of your own in place of the usual ones (vppo.train_step has their signatures).
     """
     own = dict(reward=reward, mask_image=mask_image, metric=metric, credit=credit)
+    own = {name: function for name, function in own.items() if function}
     cfg, resume, dry = parse(argv, __doc__)
     if dry:
         return dry_run(cfg, cfg.output if resume else output_folder(cfg)) if os.environ.get("RANK", "0") == "0" else None

@@ -244,7 +244,7 @@ def test_a_rank_without_groups_goes_along(name, monkeypatch):
     """What this rank sees if only another has groups with a signal: one of whatever is counted, and two responses in Eq. 5."""
     monkeypatch.setattr(distributed, "total", lambda number: number + 1)
     monkeypatch.setattr(distributed, "join", lambda values: (torch.cat([values, values.new_tensor([0.1, 0.3])]), slice(len(values))))
-    monkeypatch.setattr(distributed, "passes", lambda engine, none: [*none, ([0], [0], 0)])
+    monkeypatch.setattr(distributed, "passes", lambda engine, rollout, *_: [(rollout.prompts[:1], [0], 0)])
     policy, batch, metrics = step("cuda", PATHS[name][1], reward=lambda *_: 0.0)
     assert not batch.rollout.response_mask.any() and len(batch.examples) == 1 and batch.alpha.tolist() == [1.0] * 4
     assert metrics["skipped"] == 0 and metrics["grad_norm"] == 0 and metrics["alpha_min"] == pytest.approx(0.1)
