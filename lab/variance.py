@@ -56,8 +56,9 @@ def token_scores(policy, rollout, i):
     """(|o_i|, P): the score v_t of each token of response i, over the P weights that responses use."""
     n = int(rollout.response_mask[i].sum())
     ids = rollout.response_ids[i : i + 1, :n]
-    logprobs, _ = policy([rollout.prompts[i // rollout.group_size]], ids, ids >= 0, ids >= 0)
-    one_each = torch.eye(n, device=ids.device)[:, None]  # (n, 1, n): a backward pass per token, all at once
+    states = policy.token_states([rollout.prompts[i // rollout.group_size]], ids, ids >= 0)
+    logprobs = policy.scores(states, ids[0], with_entropy=False)[:, 0]  # (n,)
+    one_each = torch.eye(n, device=ids.device)  # (n, n): a backward pass per token, all at once
     grads = torch.autograd.grad(logprobs, list(policy.parameters()), one_each, is_grads_batched=True, allow_unused=True)
     return torch.cat([grad.flatten(1) for grad in grads if grad is not None], dim=1)
 
