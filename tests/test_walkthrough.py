@@ -121,7 +121,7 @@ def test_every_printed_number_is_the_saved_one(runs, tiny_folder):
 
 
 def test_the_warmed_up_model_does_not_depend_on_the_number_of_threads(tmp_path, monkeypatch):
-    """A short warm-up, with 1 thread and with 8, of which it uses two."""
+    """A short warm-up, with 1 thread and with 8, of which it uses one."""
     recipe = tiny.RECIPE | {"scenes": 40, "batch": 8, "drill_steps": 2, "clean_steps": 2, "noisy_steps": 2}
     monkeypatch.setitem(tiny.RECIPES, ("tiny", "digits"), recipe)
     before, sums = torch.get_num_threads(), []
