@@ -143,7 +143,9 @@ def measure(engine, data, cfg, reward=None, size=SIZE):
         earned += metrics["reward"] * metrics["prompts_sampled"]
         if batch is not None:
             weights = weights_of(batch, cfg, policy)
-            kept = kept + torch.stack([token_mask[batch.rollout.response_mask].double().sum().cpu() for token_mask, _ in weights])
+            masks = [token_mask[batch.rollout.response_mask].double() for token_mask, _ in weights]  # (tokens,) each
+            masks += [mask * masks[list(METHODS).index("TGF")] for mask in masks[len(METHODS) :]]
+            kept = kept + torch.stack(masks).sum(1).cpu()
             done = min(cfg.groups, add_batch(tally, engine, batch, weights, cfg, done))
             bar.update(done - bar.n)
     bar.close()
@@ -152,7 +154,9 @@ def measure(engine, data, cfg, reward=None, size=SIZE):
         words = f"of {prompts} prompts {done} had responses of different rewards"
         raise ValueError(f"--data {cfg.data} has too little signal for this model: {words}")
     kept = torch.tensor([distributed.total(number) for number in kept.tolist()])
-    return tally, {"groups": done, "prompts": prompts, "reward": earned / prompts, "kept": (kept / kept[0]).tolist()}
+    tokens, by_filter = kept[: len(tally.sums)], kept[len(tally.sums) :] / kept[len(METHODS) : len(tally.sums)].clamp(min=1)
+    facts = {"groups": done, "prompts": prompts, "reward": earned / prompts, "kept": (tokens / tokens[0]).tolist()}
+    return tally, facts | {"kept by TGF": dict(zip(KINDS, by_filter.tolist()))}  # empty without --kinds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,15 +249,16 @@ def report(e, facts, b):
     """The tables and sentences of forecast.md."""
     signal = e["DAPO"]["signal / noise"]
     methods = [["method", "tokens kept", "noise scale", "variance dropped", "cosine", "progress / DAPO's", "so it is"]]
-    kinds = [["kind", "tokens", "variance", "alignment", "progress without it", "so without it DAPO is"]]
+    kinds = [["kind", "tokens", "TGF keeps", "variance", "alignment", "progress without it", "so without it DAPO is"]]
     for (name, q), share in zip(e.items(), facts["kept"]):
         if name in METHODS:
             known = min(signal[1], q["signal / noise"][1]) > 0
             words = noise_scale(q["signal / noise"]), cell(q["dropped"]), cell(q["cosine"], known), cell(q["progress"], signal[1] > 0)
             methods.append([name, f"{share:.2f}", *words, verdict(q["progress"], signal) if name != "DAPO" else "the measure"])
         else:
-            words = (cell(q[key], signal[1] > 0) for key in ("alignment", "progress without it"))
-            kinds.append([name, f"{share:.2f}", cell(q["variance"]), *words, verdict(q["progress without it"], signal)])
+            words = cell(q["variance"]), *(cell(q[key], signal[1] > 0) for key in ("alignment", "progress without it"))
+            shares = f"{share:.2f}", f"{facts['kept by TGF'][name]:.2f}"
+            kinds.append([name, *shares, *words, verdict(q["progress without it"], signal)])
     parts = [f"{facts['groups']:,} groups with different rewards, from {facts['prompts']:,} prompts of mean reward {facts['reward']:.2f}. "
              f"In brackets 95 % intervals. Noise scale in groups; progress in a step of {b} groups.", table(*methods)]  # fmt: skip
     parts.append("\n".join(f"* {sentence}" for sentence in sentences(e, facts["groups"], b)))

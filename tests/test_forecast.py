@@ -302,13 +302,13 @@ def of_known_signal(scale, kinds=False):
     g, keep = noise + mu, (torch.arange(size) < 5).double()
     rows = torch.stack([g, g, keep * g, keep * g, g, g] + [keep * g, (1 - keep) * g, *[0 * g] * 5] * kinds)
     e = intervals(synthetic(rows, 400, Tally(len(rows), size, dtype=torch.float64)), 16, 300)
-    return e, {"groups": 400, "prompts": 800, "reward": 0.25, "kept": [1.0] * len(rows)}
+    return e, {"groups": 400, "prompts": 800, "reward": 0.25, "kept": [1.0] * len(rows), "kept by TGF": dict.fromkeys(KINDS, 0.5)}
 
 
 def test_a_report_tells_what_it_can():
     text = report(*of_known_signal(20, kinds=True), 16)
     cells = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in text.splitlines() if row.startswith("|")}
-    assert list(cells) == ["method", "---", *METHODS, "kind", *KINDS] and all(len(row) in (5, 6) for row in cells.values())
+    assert list(cells) == ["method", "---", *METHODS, "kind", *KINDS] and all(len(row) == 6 for row in cells.values())
     assert cells["DAPO"][-1] == "the measure" and cells["TGF"][-1] == "faster" and cells["TAS"][-1] == UNTOLD
     assert cells["TGF"][2].startswith("0.7") and cells["first words"][-1] == "slower" and cells["digits read"][-1] == "faster"
     assert "VPPO is predicted to progress faster than DAPO: 1." in text and "Whether TAS progresses faster or slower than DAPO" in text
@@ -341,6 +341,7 @@ def test_the_command(raw_folder, tmp_path, capsys):
     kept = dict(zip(e, facts["kept"]))
     assert kept["DAPO"] == kept["TAS"] == 1 and 0.4 < kept["TGF"] == kept["VPPO"] == kept["random"] < 0.6 and 0.2 < kept["80/20"] < 0.4
     assert sum(kept[kind] for kind in KINDS) == pytest.approx(1)
+    assert sum(kept[kind] * facts["kept by TGF"][kind] for kind in KINDS) == pytest.approx(kept["TGF"])
     assert "| first words |" in capsys.readouterr().out
     assert json.dumps(main(words, reward=lottery)) == json.dumps(e)  # a seed gives the same numbers again
 
@@ -376,3 +377,10 @@ def test_a_bad_flag_ends_the_command_with_one_sentence():
     words = [*python(0), "-m", "lab.forecast", "--groups", "3"]
     done = subprocess.run(words, env=ONE_THREAD, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and done.stderr.strip() == "lab.forecast: --groups must be from 16 to 1,000,000, got 3"
+
+
+def test_the_docs_have_the_tables_of_the_records():
+    text = (ROOT / "docs" / "forecast.md").read_text()
+    records = "".join((ROOT / "results" / f"forecast-{data}" / "forecast.md").read_text() for data in ("digits", "scenes"))
+    rows = [row for row in text.splitlines() if row.startswith("|")]
+    assert len(rows) == 4 + len(METHODS) + len(KINDS) and [row for row in rows if row not in records] == []
