@@ -16,7 +16,7 @@ fraction of the work, because an image is hundreds of tokens.
 
 Three exceptions: with `mask_per="rollout"` each response has a masked prompt of its own. A group too large for `tokens_per_batch` is
 split, and its prompt is run once for each piece. With activation checkpointing or FSDP2 an update *packs* a prompt and its responses
-into one sequence, in which each response sees the prompt and itself (`Policy.path`).
+into one sequence, in which each response sees the prompt and itself (`Policy.path`). speed/paths.py has the three ways to run a prompt.
 """
 
 import contextlib
@@ -442,9 +442,13 @@ class Policy(nn.Module):
         """
         if not self.share_prompt:
             return "plain"
-        if not self.training or (self.cache_in_updates and not self.model.is_activation_checkpointing):
+        if not self.training or self.trains_on_cache():
             return "cache"
         return "packed" if self.can_pack else "plain"
+
+    def trains_on_cache(self):
+        """Whether updates can run on the prompt's cache."""
+        return self.cache_in_updates and not self.model.is_activation_checkpointing
 
     def positions(self, batch):
         """position_ids for a forward pass, counting real tokens only; {} where the model makes its own from image grids."""
@@ -524,11 +528,11 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def check_sharing(self, prompt):
-        """Go on sharing prompts only where that gives this model's own numbers on a first one. Returns a sentence for the log.
+        """Go on sharing prompts only where that gives this model's own numbers on a first one, on the paths that will be used.
 
         Rounding moves less than 1e-3 of a token's probability to other tokens (bfloat16: 0.05). A model that makes something else
         of a repeated cache, or of the positions and masks it is given, is off by far more, or refuses them. What else may go wrong
-        is a fault of the code, and is raised.
+        is a fault of the code, and is raised. Returns a sentence for the log.
         """
         was_training, limit = self.training, 1e-3 if self.compute_dtype == torch.float32 else 0.05
         self.eval()
@@ -542,19 +546,22 @@ class Policy(nn.Module):
             return self.logits(self.token_states([prompt], ids, mask, path)).softmax(-1)
 
         with one_sentence(f"model '{self.model.name_or_path}' cannot read a first prompt"):
-            plain, notes, good = probabilities("plain"), [], {"cache": False, "packed": False}
-        for path in good if self.share_prompt else ():
+            plain = probabilities("plain")
+        notes, good = [], {"cache": False} if self.share_prompt else {}
+        if self.share_prompt and self.can_pack and not self.trains_on_cache():
+            good["packed"] = False
+        for path in good:
             try:
                 moved = (probabilities(path) - plain).abs().sum(-1).mean().item()
                 good[path], reason = moved < limit, f"moves {moved:.0e} of the probability"
             except REFUSALS as error:
                 reason = f"fails ({(str(error) or type(error).__name__).splitlines()[0][:80]})"
             except Exception as error:
-                error.add_note(f"The path '{path}' of model.py failed on a first prompt. --no_share_prompt goes on without it.")
+                error.add_note(f"The path '{path}' of speed/paths.py failed on a first prompt. --no_share_prompt goes on without it.")
                 raise
             notes.append(f"{path} {reason}")
         self.train(was_training)
-        self.share_prompt, self.can_pack = self.share_prompt and good["cache"], self.can_pack and good["packed"]
+        self.share_prompt, self.can_pack = good.get("cache", False), good.get("packed", self.can_pack)
         where = {"cache": "run once for its group", "packed": "run once for its group, packed in updates", "plain": "repeated for each response"}
         return f"a prompt is {where[self.path()]}" + (f" ({', '.join(notes)})" if notes else "")
 
