@@ -91,8 +91,12 @@ class Rollout:
             else:
                 parts = []
                 for row in sorted(rows, key=lambda row: -lengths[row]):
-                    room = [part for part in parts if size([(q, [*part, row])])[0] <= tokens_per_batch]
-                    room[0].append(row) if room else parts.append([row])
+                    for part in parts:
+                        if size([(q, [*part, row])])[0] <= tokens_per_batch:
+                            part.append(row)
+                            break
+                    else:
+                        parts.append([row])
                 yield from (([q], part) for part in parts)
         # The largest first: if memory does not suffice, it shows at once.
         for unit in sorted(units, key=lambda unit: -size([unit])[1]):
