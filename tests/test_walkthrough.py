@@ -2,7 +2,7 @@
 
     python tests/test_walkthrough.py        run the notebook and save it with its new outputs: after every change of its cells
 
-The saved numbers belong to one warmed-up model. The number of cores does not change it (laptop/tiny.py: MOST_THREADS), but another kind
+The saved numbers belong to one warmed-up model. The number of cores does not change it (laptop/tiny.py: THREADS), but another kind
 of processor rounds differently while it is built, and 680 steps of learning make another model of that. So the notebook carries a checksum
 of the weights it was run on. Where the numbers differ and the weights do too, the comparison is skipped and says so. All else is tested.
 """
@@ -121,7 +121,7 @@ def test_every_printed_number_is_the_saved_one(runs, tiny_folder):
 
 
 def test_the_warmed_up_model_does_not_depend_on_the_number_of_threads(tmp_path, monkeypatch):
-    """A short warm-up, with 1 thread and with 8, of which it uses one."""
+    """A short warm-up, with 1 thread set and with 8. It uses two."""
     recipe = tiny.RECIPE | {"scenes": 40, "batch": 8, "drill_steps": 2, "clean_steps": 2, "noisy_steps": 2}
     monkeypatch.setitem(tiny.RECIPES, ("tiny", "digits"), recipe)
     before, sums = torch.get_num_threads(), []
