@@ -24,6 +24,7 @@ from laptop.scenes import REGIMES
 from rollout import Rollout
 
 SEEDS = 6
+METHODS = {"DAPO": "dapo", "VPPO": "vppo"}  # what a rule is compared with
 TABLE = runs.ROOT / "docs" / "benchmark.md"
 
 
@@ -78,6 +79,15 @@ def row(name, records, references):
     return cells
 
 
+def rows_beside(quick, folder, build=False, **changes):
+    """({regime: [settings of each seed]} of a rule, {method: the same}): all from the same base policies. build: warm them up if need be."""
+    rows = {"": rows_of(quick, **changes), **{name: rows_of(quick, method=method) for name, method in METHODS.items()}}
+    flat = {(name, regime): chosen for name, regimes in rows.items() for regime, chosen in regimes.items()}
+    flat = runs.with_base(flat, folder, build)
+    rows = {name: {regime: flat[name, regime] for regime in REGIMES} for name in rows}
+    return rows.pop(""), rows
+
+
 def found(wanted, folder):
     """{regime: records} of runs that have all been made, else None."""
     records = {regime: [runs.find(settings, folder) for settings in chosen] for regime, chosen in wanted.items()}
@@ -101,40 +111,39 @@ def main(argv=None):
     if flags.jobs < 0:
         raise ValueError(f"--jobs must not be negative, got {flags.jobs}")
     folder = Path(flags.output or runs.ROOT / ("runs/quick" if flags.quick else "results")) / "runs"
-    methods = {"DAPO": rows_of(flags.quick, method="dapo"), "VPPO": rows_of(flags.quick, method="vppo")}
     if flags.table:
-        return write_table(methods, folder)
+        return write_table(folder)
     file = Path(flags.rule).resolve()
     rehearse(runs.load_rule(file))
-    mine = rows_of(flags.quick, method="vppo", rule=str(file))
+    mine, methods = rows_beside(flags.quick, folder, build=True, method="vppo", rule=str(file))
     wanted = {runs.file_of(s, folder): s for table in (mine, *methods.values()) for chosen in table.values() for s in chosen}
     todo = [settings for file, settings in wanted.items() if runs.find(settings, folder) is None]
     jobs = flags.jobs or os.cpu_count()
     minutes = sum(cost(settings, folder) for settings in todo) / 60 / jobs
     print(f"{len(wanted)} runs, {len(todo)} to do, about {minutes:.0f} minutes with {jobs} at a time", flush=True)
-    for regime in {settings["data"] for settings in todo}:
-        runs.weights("tiny", regime)  # before the runs, which would each build it
     if failed := run_all(todo, folder, jobs):
         raise ValueError(f"{len(failed)} of {len(todo)} runs failed, the others are kept: repeat the command")
     references = {name: found(table, folder) for name, table in methods.items()}
     print(grid([row(Path(flags.rule).stem, found(mine, folder), references)], references))
 
 
-def write_table(methods, folder):
+def write_table(folder):
     """docs/benchmark.md: its text stays, the table between its two marks is made anew from the records."""
-    references = {name: found(table, folder) for name, table in methods.items()}
-    if None in references.values():
-        raise ValueError(f"{folder} lacks runs of DAPO or VPPO: python -m lab.experiments map makes them")
-    rows = [row(name, references[name], {other: references[other] for other in references}) for name in references]
+    rows = []
     for file in sorted((runs.ROOT / "lab" / "rules").glob("[!_]*.py")):
-        records = found(rows_of(False, method="vppo", rule=str(file)), folder)
-        if records is None:
+        mine, methods = rows_beside(False, folder, method="vppo", rule=str(file))
+        records, references = found(mine, folder), {name: found(table, folder) for name, table in methods.items()}
+        if None in (records, *references.values()):
             print(f"{file.name} is left out: python -m lab.benchmark lab/rules/{file.name} makes its runs")
-        else:
-            rows.append(row(f"[{file.stem}](../lab/rules/{file.name})", records, references))
+            continue
+        if not rows:
+            rows = [row(name, references[name], references) for name in references]
+        rows.append(row(f"[{file.stem}](../lab/rules/{file.name})", records, references))
+    if not rows:
+        raise ValueError(f"{folder} has not all runs of any rule: python -m lab.benchmark lab/rules/papo.py makes those of one")
     start, mark, end = "<!-- table -->", "<!-- end of table -->", TABLE.read_text()
     head, tail = end.split(start)[0], end.split(mark)[1]
-    TABLE.write_text(f"{head}{start}\n{grid(rows, references)}{mark}{tail}")
+    TABLE.write_text(f"{head}{start}\n{grid(rows, METHODS)}{mark}{tail}")
     print(f"{len(rows)} rows written to {TABLE.relative_to(runs.ROOT)}")
 
 

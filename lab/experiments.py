@@ -283,12 +283,11 @@ def settings_of(overrides, seed, flags):
     return settings
 
 
-def runs_of(name, flags):
-    """{label: [settings of each seed]} of a table."""
+def runs_of(name, flags, build=False):
+    """{label: [settings of each seed]} of a table. build: warm up the models that runs still to be made start from."""
     seeds = 1 if flags.quick else flags.seeds or TABLES[name].seeds
-    return {
-        label: [settings_of(overrides, seed, flags) for seed in range(seeds)] for label, overrides, *_ in TABLES[name].rows
-    }
+    rows = {label: [settings_of(overrides, seed, flags) for seed in range(seeds)] for label, overrides, *_ in TABLES[name].rows}
+    return runs.with_base(rows, Path(flags.output) / "runs", build)
 
 
 def distinct(tables, folder):
@@ -412,13 +411,11 @@ def main(argv=None):
     if flags.list:
         return listing(names, flags, folder)
     for name in names:
-        wanted = distinct([runs_of(name, flags)], folder)
+        wanted = distinct([runs_of(name, flags, build=True)], folder)
         todo = [settings for settings in wanted.values() if runs.find(settings, folder) is None]
         print(
             f"{name}: {len(wanted)} runs, {len(todo)} to do, about {sum(cost(s, folder) for s in todo) / 60:.0f} core minutes", flush=True
         )
-        for model, data in sorted({(settings["model"], settings["data"]) for settings in todo}):
-            runs.weights(model, data)  # before the runs, which would each build it
         failed = run_all(todo, folder, flags.jobs or os.cpu_count())
         if failed:
             raise ValueError(

@@ -4,13 +4,15 @@
     dependency  no training: S of the warmed-up model's responses for every mask and metric; which tokens are read is known
     overhead    no training: seconds of a DAPO and of a VPPO step, in turn, on the same responses
 
-The record is kept as HASH.json. HASH names what its numbers depend on: the settings, and NUMERICS for the code. A run asked for again is found.
+The record is kept as HASH.json. HASH names what its numbers depend on: the settings, NUMERICS for the code, and the weights that the run
+started from. A run asked for again is found.
 """
 
 import ast
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -43,9 +45,9 @@ KEPT = """reward no_signal prompts_sampled response_length truncated entropy cli
 # Records
 # ---------------------------------------------------------------------------------------------------------------------
 def configure(settings):
-    """Settings -> (kind, variant, Config): Config fields, beside them `kind` (in KINDS), and `variant` (in VARIANTS) or `rule` (a file)."""
+    """Settings -> (kind, variant, Config): Config fields, beside them `kind` (in KINDS), `variant` (in VARIANTS) or `rule` (a file), and `base`."""
     fields = dict(settings)
-    kind, variant, _ = fields.pop("kind", "train"), fields.pop("variant", ""), fields.pop("rule", "")
+    kind, variant, *_ = fields.pop("kind", "train"), fields.pop("variant", ""), fields.pop("rule", ""), fields.pop("base", "")
     cfg = Config(**fields)
     check(cfg)
     return kind, variant, cfg
@@ -55,12 +57,14 @@ def identity(settings):
     """All that a run's numbers depend on: the arithmetic (NUMERICS), the kind of run, and each field of the config that is not at its default.
 
     Fields that change only speed, memory and files are left out. Of a rule's file the code counts, docstrings and comments do not.
+    base: the checksum of the weights that the run starts from; a record without one is of weights that are not known.
     """
     kind, variant, cfg = configure(settings)
     defaults = asdict(Config())
     fields = {name: value for name, value in asdict(cfg).items() if value != defaults[name] and name not in MAY_CHANGE | {"output"}}
     rule = {"rule": code_of(settings["rule"])} if settings.get("rule") else {}
-    return {"numerics": NUMERICS, "kind": kind, "variant": variant, **rule, **fields}
+    base = {"base": settings["base"]} if settings.get("base") else {}
+    return {"numerics": NUMERICS, "kind": kind, "variant": variant, **rule, **base, **fields}
 
 
 def file_of(settings, folder):
@@ -74,6 +78,36 @@ def find(settings, folder):
     file = file_of(settings, folder)
     record = json.loads(file.read_text()) if file.exists() else None
     return record if record and record["identity"] == identity(settings) else None
+
+
+def base_of(model, data, build=False):
+    """The checksum of a warmed-up model's weights, which are built if need be; without `build` "" if they are not there."""
+    if not build and (model, data) not in tiny.RECIPES:
+        return ""
+    file = Path(weights(model, data) if build else Path("runs") / tiny.folder_name(model, data)) / "model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.exists() else ""
+
+
+def with_base(table, folder, build=False):
+    """{label: [settings]} of a table -> the same, each with its `base`: runs that are compared start from the same weights.
+
+    A warm-up rounds otherwise on another kind of processor, and ends at another model, for which methods may differ otherwise. So
+    runs are compared seed by seed, and all runs of a seed are of one base: of this machine's, or of another one's that has them all.
+    Where none has, they are to be made with this machine's, which is warmed up first (build).
+    """
+    folder, groups, chosen = Path(folder), {}, {}
+    known = {json.loads(file.read_text())["identity"].get("base", "") for file in folder.glob("*.json")}
+    for settings in itertools.chain(*table.values()):
+        groups.setdefault(tuple(settings[key] for key in ("model", "data", "seed")), []).append(settings)
+    for (model, data, seed), group in groups.items():
+        here = base_of(model, data)
+        whole = (base for base in [here, *sorted(known)] if all(find(settings | {"base": base}, folder) for settings in group))
+        base = next(whole, None)
+        chosen[model, data, seed] = base_of(model, data, build) if base is None else base
+    return {
+        label: [settings | {"base": chosen[settings["model"], settings["data"], settings["seed"]]} for settings in row]
+        for label, row in table.items()
+    }
 
 
 def commit():
@@ -90,6 +124,8 @@ def perform(settings, folder):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends its runs
     torch.set_num_threads(1)
     kind, variant, cfg = configure(settings)
+    if settings.get("base") and settings["base"] != base_of(cfg.model, cfg.data):
+        sys.exit(f"lab.runs: the weights of {cfg.model} on {cfg.data} are not those that this run is to start from: repeat the command")
     start = time.time()
     own = by_rule(load_rule(settings["rule"])) if settings.get("rule") else {"credit": VARIANTS[variant]}
     try:

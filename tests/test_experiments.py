@@ -88,6 +88,27 @@ def test_ranks_and_roc_area():
     assert runs.roc_area(np.array([3, 1, 2, 1]), np.array([True, True, False, False])) == 2.5 / 4
 
 
+def test_runs_of_a_seed_start_from_the_same_weights(tmp_path, monkeypatch):
+    """Two rows, two seeds. Seed 0 has both records from another machine's weights, seed 1 has one from there and one from here."""
+    monkeypatch.setattr(runs, "base_of", lambda model, data, build=False: "here" if build or data == "scenes" else "")
+    common = {"model": "tiny", "data": "scenes", "steps": 2}
+    table = {name: [common | {"method": name, "seed": seed} for seed in (0, 1)] for name in ("dapo", "vppo")}
+    for name, seed, base in [("dapo", 0, "there"), ("vppo", 0, "there"), ("dapo", 1, "there"), ("vppo", 1, "here"), ("dapo", 0, "here")]:
+        settings = common | {"method": name, "seed": seed, "base": base}
+        runs.file_of(settings, tmp_path).write_text(json.dumps({"identity": runs.identity(settings)}))
+    with_base = runs.with_base(table, tmp_path)
+    assert {name: [settings["base"] for settings in row] for name, row in with_base.items()} == {"dapo": ["there", "here"], "vppo": ["there", "here"]}
+    assert [runs.find(settings, tmp_path) is None for row in with_base.values() for settings in row] == [False, True, False, False]
+    # Weights that are not there yet are built only for runs that are to be made.
+    other = {"dapo": [common | {"method": "dapo", "seed": 0, "data": "scenes-honest"}]}
+    assert [runs.with_base(other, tmp_path, build)["dapo"][0]["base"] for build in (False, True)] == ["", "here"]
+
+
+def test_a_run_from_other_weights_than_asked_for_is_refused(tiny_folder, tmp_path):
+    with pytest.raises(SystemExit, match="are not those that this run is to start from"):
+        runs.perform({"model": "tiny", "data": "digits", "seed": 0, "base": "0" * 12}, tmp_path)
+
+
 # --- variants of phase 3 ---------------------------------------------------------------------------------------------
 def modulated(variant, updates=1):
     """alpha of 4 responses of 2 tokens whose mean S are 0, 0.1, 0.2 and 0.4."""
