@@ -199,6 +199,18 @@ def passes(engine, rollout, groups, tokens_per_batch, progress="update"):
             yield [rollout.prompts[q] for q in members], rows, factor
 
 
+def norm_so_far(engine, count):
+    """(count, norm) of the gradient that has been added up so far in an update. count: what this rank's part of it was made from.
+
+    FSDP2, and DDP in the last pass, have added up the gradients of all ranks, so all their counts belong to the norm. Before its last
+    pass DDP has this rank's alone, which is world() times too large because the mean of the ranks will be taken.
+    """
+    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.parameters() if p.grad is not None])
+    norm = getattr(norm, "full_tensor", lambda: norm)().item()
+    own = isinstance(engine, DistributedDataParallel) and not engine.require_backward_grad_sync
+    return (count, norm / world()) if own else (total(count), norm)
+
+
 def clip_gradients(engine, max_norm):
     """Scale the gradient of all weights, over all shards, down to `max_norm`. Returns its norm before that."""
     norm = torch.nn.utils.clip_grad_norm_(engine.parameters(), max_norm)

@@ -14,6 +14,7 @@ rounded up, is computed exactly. Alpha is computed from all the responses that a
 The exact entropy is offered beside the official penalty on sampled tokens, which has another gradient.
 """
 
+import math
 from fractions import Fraction
 
 import torch
@@ -242,3 +243,34 @@ def token_entropy(logits):
     logp = torch.log_softmax(logits.float(), dim=-1)
     # -inf * 0 is nan: replace before the product, so that the backward pass stays finite too.
     return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How noisy is the gradient? (not in the paper; "An Empirical Model of Large-Batch Training", arXiv 1812.06162, appendix A)
+# ---------------------------------------------------------------------------------------------------------------------
+def noise_scale(updates):
+    """{"gradient_signal", "gradient_noise", "noise_scale"}: mean estimates from updates whose gradient was added up piece by piece.
+
+    updates: (part, count, groups, norm) of each. part: the count and the norm of the gradient after its first piece, or None. count, norm: of
+    the whole, and groups how many groups of responses it has. A count is of what the loss's divisor counts, usually response tokens.
+    Take a group's gradient to be random, with mean mu and covariance C. The mean gradient of n groups has the expected squared norm
+    |mu|^2 + tr(C) / n. Two such norms, of b and of B groups, give both terms. `gradient_signal` estimates |mu|^2 and may be
+    negative, `gradient_noise` estimates tr(C). `noise_scale` is their ratio, in groups: the gradient of so many is half noise.
+    It is left out if either is not positive. One update says little; average signal and noise over steps before you divide.
+    Returns {} if no update had a second piece.
+
+    Example: the half of 8 groups has |g|^2 = 3, all 8 have 2. noise = (3 - 2) / (1/4 - 1/8) = 8, signal = (8 * 2 - 4 * 3) / (8 - 4) = 1,
+    so the noise scale is 8 groups. (After its first half the summed gradient is the half's mean times 1/2: norm sqrt(3) / 2.)
+    """
+    estimates = []
+    for part, count, B, norm in updates:
+        if part is None or not 0 < part[0] < count or not math.isfinite(norm):
+            continue
+        b = B * part[0] / count  # so many groups the first piece is worth
+        small, large = (part[1] * count / part[0]) ** 2, norm**2  # squared norms of means over groups
+        estimates.append(((B * large - b * small) / (B - b), (small - large) / (1 / b - 1 / B)))
+    if not estimates:
+        return {}
+    signal, noise = (sum(column) / len(estimates) for column in zip(*estimates))
+    scale = {"noise_scale": noise / signal} if signal > 0 and noise > 0 else {}
+    return {"gradient_signal": signal, "gradient_noise": noise, **scale}

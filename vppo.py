@@ -200,27 +200,28 @@ def update(engine, optimizer, batch, groups, cfg):
     """
     rollout, response_mask = batch.rollout, batch.rollout.response_mask
     average, clip_high = cfg.recipe()
-    chosen = response_mask[rollout.rows(groups)]
-    tokens, responses = distributed.total(int(chosen.sum())), distributed.total(int(chosen.any(dim=1).sum()))
+    counted = response_mask if average == "token" else response_mask.any(dim=1, keepdim=True)  # what the divisor counts
+    tokens, divisor = (distributed.total(int(what[rollout.rows(groups)].sum())) for what in (response_mask, counted))
     # (B, T) Tokens without a gradient need no logits. The entropy penalty gives one to every response token.
     needs_logits = response_mask & (bool(cfg.entropy_penalty) | (batch.token_mask > 0) & (loss.per_token(batch.advantages) != 0))
     weights = batch.token_mask * needs_logits  # (B, T) m of Eq. 4, and 0 where the log-prob is not computed
     exact = cfg.entropy_penalty > 0 and cfg.entropy_form == "exact"
     with_gradient = [q for q in groups if needs_logits[rollout.rows([q])].any()]
     optimizer.zero_grad()
-    sums = Counter(loss=0.0, tokens=0, clip_fraction=0.0, approx_kl=0.0)
+    sums, first = Counter(loss=0.0, tokens=0, clip_fraction=0.0, approx_kl=0.0), None
     for prompts, rows, factor in distributed.passes(engine, rollout, with_gradient, cfg.tokens_per_batch):  # rows: of responses
         logprobs, entropy = engine(prompts, rollout.response_ids[rows], response_mask[rows], needs_logits[rows], exact)
         value, stats = loss.policy_loss(
             logprobs, batch.old_logprobs[rows], batch.advantages[rows], response_mask[rows], weights[rows],
-            cfg.clip_low, clip_high, cfg.dual_clip, average, denominator=tokens if average == "token" else responses)  # fmt: skip
+            cfg.clip_low, clip_high, cfg.dual_clip, average, denominator=divisor)  # fmt: skip
         if cfg.entropy_penalty:
-            terms = entropy if exact else logprobs
-            value = value + cfg.entropy_penalty * loss.entropy_penalty(terms, response_mask[rows], cfg.entropy_form, tokens)
+            value = value + cfg.entropy_penalty * loss.entropy_penalty(entropy if exact else logprobs, response_mask[rows], cfg.entropy_form, tokens)
         (value * factor * distributed.world()).backward()  # distributed: engines take the mean of the ranks' gradients, Eq. 6 the sum
         n = factor * int(needs_logits[rows].sum())
         sums.update({name: n * stats[name].item() for name in ("clip_fraction", "approx_kl")}, loss=factor * value.item(), tokens=n)
+        first = first or distributed.norm_so_far(engine, factor * int(counted[rows].sum()))  # after one micro-batch, for the noise scale
     sums["grad_norm"] = distributed.clip_gradients(engine, cfg.max_grad_norm)
+    sums["first"] = first, distributed.total(int(counted[rollout.rows(with_gradient)].sum())), distributed.total(len(with_gradient))
     sums["skipped"] = int(not math.isfinite(sums["grad_norm"]))  # one bad batch must not turn all weights into NaN
     if not sums["skipped"] and sums["grad_norm"] > 0:  # 0: no token had a gradient, and momentum alone should not move the weights
         optimizer.step()
@@ -235,16 +236,15 @@ def summarise(batch, sums, cfg):
     metrics = {
         "loss": summed["loss"] / len(sums),
         "entropy": distributed.total(batch.entropy.sum().item()) / tokens,
-        "clip_fraction": summed["clip_fraction"] / max(1, summed["tokens"]),
-        "approx_kl": summed["approx_kl"] / max(1, summed["tokens"]),
+        **{name: summed[name] / max(1, summed["tokens"]) for name in ("clip_fraction", "approx_kl")},
         "gradient_tokens": distributed.total(int(((batch.token_mask > 0) & response_mask).sum())) / tokens,
         "grad_norm": sum(s["grad_norm"] for s in sums) / len(sums),
         "updates_skipped": sum(s["skipped"] for s in sums),
+        **loss.noise_scale([(*s["first"], s["grad_norm"]) for s in sums]),
     }
     if cfg.has("tgf") or cfg.has("tas"):
         filled = response_mask.any(dim=1)
-        means, _ = distributed.join(loss.masked_mean(batch.dependency, response_mask)[filled])
-        alpha, _ = distributed.join(batch.alpha[filled])
+        means, alpha = (distributed.join(values[filled])[0] for values in (loss.masked_mean(batch.dependency, response_mask), batch.alpha))
         metrics |= {"dependency_mean": means.mean().item(), "dependency_std": means.std().item(),
                     "alpha_min": alpha.min().item(), "alpha_max": alpha.max().item()}  # fmt: skip
     return metrics

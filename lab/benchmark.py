@@ -1,13 +1,16 @@
 """A benchmark for credit rules: what does a rule do, beside DAPO and VPPO, in the four regimes of the scenes task?
 
-    python -m lab.benchmark my_rule.py              24 runs, some 20 minutes on 2 cores; a row with paired intervals
+    python -m lab.benchmark my_rule.py              24 runs, some 20 minutes on 2 cores; the first rule an hour
     python -m lab.benchmark lab/rules/papo.py       a rule that is here already
     python -m lab.benchmark --table                 docs/benchmark.md from all rules in lab/rules and their records
     python -m lab.benchmark my_rule.py --quick      one seed, two steps: does it run?
 
 lab/rules/__init__.py says what a rule's file holds. A rule runs from the same base policies on the same prompts as DAPO and VPPO
-(table "map" of lab.experiments has their runs), six seeds in each regime, at the learning rate that all share. The
+(table "map" of lab.experiments has such runs), six seeds in each regime, at the learning rate that all share. The
 differences are paired by seed. Held-out handwriting is used once, at the end of a run. Finished runs are kept: the same command goes on.
+
+Base policies are warmed up on each machine, and another kind of processor ends at other weights. So the first rule on a machine needs
+48 runs of DAPO and VPPO, too, from its own base policies: an hour in all, beside the warm-up. Later rules find them.
 """
 
 import os

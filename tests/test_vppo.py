@@ -110,6 +110,32 @@ def test_micro_batch_size_changes_nothing(raw_policy, batch, method, extra):
         assert (cut - whole).norm() / whole.norm() < (1e-4 if "soft" in extra else 1e-5)  # z-scores amplify rounding of S
 
 
+@pytest.mark.parametrize("method", ["vppo", "grpo"])
+def test_the_noise_scale_is_that_of_the_first_piece_and_the_whole(raw_policy, batch, method):
+    """The norm after the first piece is that of the gradient that its rows alone have, with the divisor of all."""
+    cfg, ready = prepared(raw_policy, batch, method=method, tokens_per_batch=60)
+    pieces = list(ready.rollout.micro_batches(60, [0, 1, 3, 4], "cache"))  # group 2 has equal rewards
+    assert len(pieces) > 1
+    sums = update(raw_policy, torch.optim.SGD(raw_policy.parameters(), lr=0.0), ready, range(5), replace(cfg, max_grad_norm=1e9))
+    (count, norm), whole, groups = sums["first"]
+    rows, mask = pieces[0][1], ready.rollout.response_mask
+    by_token = method == "vppo"
+    assert groups == 4 and count == (mask[rows].sum() if by_token else len(rows))
+    assert whole == (mask[ready.rollout.rows([0, 1, 3, 4])].sum() if by_token else 16)
+    raw_policy.zero_grad()
+    logprobs, _ = raw_policy([ready.rollout.prompts[q] for q in pieces[0][0]], ready.rollout.response_ids[rows], mask[rows], mask[rows])
+    value, _ = loss.policy_loss(
+        logprobs, ready.old_logprobs[rows], ready.advantages[rows], mask[rows], ready.token_mask[rows],
+        average="token" if by_token else "sequence", denominator=int(mask.sum()) if by_token else 20)  # fmt: skip
+    value.backward()
+    assert torch.nn.utils.get_total_norm([p.grad for p in raw_policy.parameters() if p.grad is not None]).item() == pytest.approx(norm, rel=1e-4)
+    metrics = vppo.summarise(ready, [sums], cfg)
+    assert metrics["gradient_noise"] == loss.noise_scale([(*sums["first"], sums["grad_norm"])])["gradient_noise"]
+    cfg, ready = prepared(raw_policy, batch, method=method)  # one piece
+    sums = update(raw_policy, torch.optim.SGD(raw_policy.parameters(), lr=0.0), ready, range(5), cfg)
+    assert "gradient_noise" not in vppo.summarise(ready, [sums], cfg)
+
+
 def test_plain_path_gives_the_same_gradient(raw_policy, batch):
     cfg, ready = prepared(raw_policy, batch, method="vppo")
     shared = gradient(raw_policy, ready, cfg)
