@@ -74,6 +74,7 @@ def main(folder):
             "token_mask": torch.tensor(distributed.gather(batch.token_mask.tolist() if real else [])),
             "gradient": gradient,
             "norm": sums["grad_norm"],
+            "first": sums["first"],
         }
     if distributed.rank() == 0:
         torch.save(results, folder / f"result-{distributed.world()}.pt")

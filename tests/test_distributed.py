@@ -78,6 +78,21 @@ def test_the_update_does_not_depend_on_how_it_is_cut(cut, processes, results):
     assert mine["norm"] == pytest.approx(expected.norm().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_first_piece_of_an_update(processes, results):
+    """For the noise scale: where the ranks have exchanged gradients the counts of all belong to the norm, else this rank's own."""
+    for cut, mine in results.get(processes, {}).items():  # tied heads are tested on one and two processes
+        (count, norm), whole, groups = mine["first"]
+        (alone, norm_alone), *of_all = results[1][cut]["first"]  # here rank 0 begins with the piece that one process begins with
+        assert [whole, groups] == of_all
+        if cut in ("all", "sharded"):  # one piece a rank, after which all have exchanged
+            assert count == whole and norm == mine["norm"]
+        elif cut.startswith("sharded"):
+            assert count == processes * alone < whole and norm < mine["norm"]
+        else:
+            assert count == alone < whole and norm == pytest.approx(norm_alone, rel=1e-5)
+
+
 def test_the_update_under_test_is_not_empty(results):
     for cut in ("all", "penalty", "sequence"):
         assert results[1][cut]["gradient"].norm() > 1e-3
