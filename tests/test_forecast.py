@@ -10,7 +10,9 @@ from forecast_worker import LARGE
 from processes import ONE_THREAD, ROOT, python
 
 import model
-from lab import forecast
+from lab import forecast, runs, validate
+from lab.experiments import CELLS, method, settings_of
+from lab.experiments import Flags as ExperimentFlags
 from lab.forecast import (
     KINDS,
     METHODS,
@@ -384,3 +386,45 @@ def test_the_docs_have_the_tables_of_the_records():
     records = "".join((ROOT / "results" / f"forecast-{data}" / "forecast.md").read_text() for data in ("digits", "scenes"))
     rows = [row for row in text.splitlines() if row.startswith("|")]
     assert len(rows) == 4 + len(METHODS) + len(KINDS) and [row for row in rows if row not in records] == []
+
+
+# --- lab.validate ----------------------------------------------------------------------------------------------------
+def test_progress_from_a_forecasts_rows_is_its_own():
+    for data in ("digits", "scenes"):
+        record = json.loads((runs.ROOT / f"results/forecast-{data}/forecast.json").read_text())
+        rows, b = record["rows"], record["facts"]["prompts_per_step"]
+        for name in validate.METHODS:
+            assert validate.progress(rows[name], rows["DAPO"], b) == pytest.approx(rows[name]["progress"][0], rel=1e-6)
+    row = {"cosine": [0.9], "signal / noise": [0.1]}
+    assert validate.progress(row, row, 7) == pytest.approx(0.9)
+
+
+def planted(folder, gains):
+    """Forecasts and records of two cells and three methods, in which a method gains gains[method] points at every seed, give or take one."""
+    for data in ("scenes", "scenes-honest"):
+        rows = {name: {"cosine": [c], "signal / noise": [0.1], "progress": [c, c - 0.01, c + 0.01]}
+                for name, c in (("DAPO", 1.0), ("TAS", 0.7), ("TGF", 0.9), ("VPPO", 1.1))}  # fmt: skip
+        (folder / f"forecast-{data}").mkdir()
+        (folder / f"forecast-{data}" / "forecast.json").write_text(json.dumps({"rows": rows}))
+        for name, gain in gains.items():
+            for seed in range(3):
+                settings = settings_of(method(name, **CELLS[data]), seed, ExperimentFlags()) | {"base": "planted"}
+                test = 0.5 + gain / 100 + (seed % 2) * 0.01 * (name != "dapo")
+                runs.file_of(settings, folder / "runs").write_text(json.dumps({"identity": runs.identity(settings), "test": test}))
+
+
+@pytest.mark.parametrize("gains, expected", [((-3, 0, 3), 1), ((3, 0, -3), -1)])
+def test_the_forecast_is_compared_with_the_runs(gains, expected, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    planted(tmp_path, dict(zip(("dapo", "tas", "tgf", "vppo"), (0, *gains))))
+    validate.main(["--output", str(tmp_path), "--seeds", "4"])
+    result = json.loads((tmp_path / "forecast_validation.json").read_text())
+    rho, low, high = result["correlation"]
+    assert len(result["points"]) == 6 and all(len(point["differences"]) == 3 for point in result["points"])
+    assert rho == pytest.approx(expected) and low <= rho <= high and (low > 0) == (expected > 0)
+    assert "Rank correlation over 6 points" in capsys.readouterr().out
+
+
+def test_a_validation_without_runs_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="4 are the least"):
+        validate.main(["--output", str(tmp_path)])
