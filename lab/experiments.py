@@ -111,12 +111,12 @@ def per_kind(prefix):
 
 
 TABLES = {
-    "map": Table("DAPO, TAS, TGF and VPPO in every regime, at the learning rate that all share", mapped(), 10),
+    "map": Table("DAPO, TAS, TGF and VPPO in every regime, at the learning rate that all share", mapped(), 10, picture=figures.against),
     "map_rates": Table("the same on validation, at three learning rates", [
         (f"{label}, lr {lr}", settings | {"lr": lr}, None, None) for label, settings, *_ in mapped() for lr in RATES
     ], 2, "The mean of the last two validation points, by which map_own chooses a rate.", "validation avg@8, %", last_validation),
     "map_own": Table("the map, each method at its own best of three learning rates", mapped(lr="own"), 10,
-                     "The rates were chosen on validation (map_rates)."),
+                     "The rates were chosen on validation (map_rates).", picture=figures.against),
     "first_words": Table("why, one: what happens to the words that decide whether a response looks", [
         ("DAPO", method("dapo"), None, None), ("DAPO without first words", by_rule("dapo_without_first_words"), None, "DAPO"),
         ("TGF", method("tgf"), None, "DAPO"), ("TGF with first words", by_rule("tgf_first_words"), None, "TGF"),
