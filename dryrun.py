@@ -18,6 +18,7 @@ a tight fit may still fail.
 import argparse
 import importlib.util
 import itertools
+import math
 import os
 import sys
 from dataclasses import fields, replace
@@ -32,7 +33,7 @@ from config import Config
 from data import load_source, sources
 from laptop import tiny
 from laptop.scenes import REGIMES
-from model import freeze, language_layers
+from model import CHUNK, freeze, language_layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,6 +60,9 @@ def count_trained(config, lora_rank=0, part=""):
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+GRID = 12  # lengths of prompts, and of responses, that are looked at for the most memory: twelfths of the longest
+
+
 def layer_bytes(hidden, query, intermediate, context, bf16, lora_rank=0):
     """Bytes a token leaves in one transformer layer for the backward pass. query: heads x head size; b: 2 with bf16, else 4.
 
@@ -78,19 +82,40 @@ def layer_bytes(hidden, query, intermediate, context, bf16, lora_rank=0):
     return 16 * hidden + (2 if bf16 else 4) * ((5 if bf16 else 2) * hidden + 4 * query + 4 * intermediate + context)
 
 
-def memory_per_gpu(
+def memory_per_gpu(config, gpus=1, shard=False, image_tokens=1024, text_tokens=256, response_tokens=2048, group_size=Config.group_size,
+                   tokens_per_batch=Config.tokens_per_batch, weights=None, trained=None, lora_rank=0, freeze="", **settings):  # fmt: skip
+    """GiB on one GPU: {"rollout": {part: GiB, ..., "total"}, "score": .., "update": .., "peak": largest total}.
+
+    The most that prompts of up to image_tokens + text_tokens and responses of up to response_tokens can take. The longest ones need not
+    take the most, for of shorter ones more go into a piece of tokens_per_batch. So this is the largest of `memory_at` on a grid of lengths,
+    with pieces filled to the last token. `memory_at` has the other arguments. weights, trained: count_parameters and count_trained, if known.
+    """
+    weights = weights or count_parameters(config)
+    trained = trained or (count_trained(config, lora_rank, freeze) if lora_rank or freeze else weights[0])
+    prompt, result = image_tokens + text_tokens, {}
+    lengths = ({1, *(most * i / GRID for i in range(1, GRID + 1) if most * i > GRID)} for most in (prompt, response_tokens))
+    for tokens, response in itertools.product(*lengths):
+        phases = memory_at(
+            config, gpus, shard, image_tokens=image_tokens * tokens / prompt, text_tokens=text_tokens * tokens / prompt, full=True,
+            response_tokens=response, group_size=group_size, tokens_per_batch=tokens_per_batch,
+            weights=weights, trained=trained, lora_rank=lora_rank, freeze=freeze, **settings)  # fmt: skip
+        result = {phase: max(parts, result.get(phase, parts), key=lambda sizes: sizes["total"]) for phase, parts in phases.items()}
+    return result | {"peak": max(sizes["total"] for sizes in result.values())}
+
+
+def memory_at(
     config, gpus=1, shard=False, image_tokens=1024, text_tokens=256, response_tokens=2048, group_size=Config.group_size,
     tokens_per_batch=Config.tokens_per_batch, responses_at_once=Config.responses_at_once, k=Config.k,
     bf16=True, activation_checkpointing=False, share_prompt=Config.share_prompt, exact_entropy=False, top_p=Config.top_p, weights=None,
-    lora_rank=0, freeze="", offload_optimizer=False, trained=None,
+    lora_rank=0, freeze="", offload_optimizer=False, trained=None, full=False,
 ):  # fmt: skip
-    """GiB on one GPU: {"rollout": {part: GiB, ..., "total"}, "score": .., "update": .., "peak": largest total}.
+    """GiB on one GPU for prompts and responses that are all of the given lengths: {"rollout": {part: GiB, ..., "total"}, "score", "update"}.
 
     config: a transformers image-text-to-text config. shard: FSDP over `gpus`; False: a replica on each. bf16: compute in it,
     over float32 weights. image_tokens + text_tokens: a prompt. k: share of response tokens with a gradient (without TGF, or
-    with an entropy penalty: 1). exact_entropy: that penalty in its exact form. weights, trained: count_parameters and count_trained, if known.
-    The others are fields of Config, per GPU. An upper bound: responses have full length, batches are full,
-    and what autocast copied stays to the end of the update.
+    with an entropy penalty: 1). exact_entropy: that penalty in its exact form. weights, trained: count_parameters and count_trained.
+    full: pieces are filled to the last token, with fractions of responses, so that what fits in by a hair does not depend on the length.
+    The others are fields of Config, per GPU. An upper bound: what autocast copied stays to the end of the update.
     """
     text, vision, b = config.get_text_config(), config.vision_config, 2 if bf16 else 4
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -112,11 +137,12 @@ def memory_per_gpu(
         runs = prompts if share else responses  # how often a prompt is run
         tokens += runs * prompt
         if keep == "nothing":  # one layer at a time, the tower before the language model
-            return max(tokens * (inner + outer), runs * (tower_inner + tower_outer))
+            copies = responses * prompt * 2 * query * b if share else 0  # a layer's keys and values as the responses read them
+            return max(tokens * (inner + outer) + copies, runs * (tower_inner + tower_outer))
         packs = share and (shard or keep == "inputs")  # Policy.path: the group in one row, which sees all of it through a mask
-        row = tokens // prompts if packs else length
-        layer = layer_bytes(text.hidden_size, query, text.intermediate_size, row, bf16, lora_rank)
-        mask = tokens * 4 * row if packs else 0  # float32, made once
+        # A packed row has a mask of its own, made once in the type that is computed in, so that no layer keeps a copy.
+        layer = layer_bytes(text.hidden_size, query, text.intermediate_size, 0 if packs else length, bf16, lora_rank)
+        mask = tokens * b * (tokens // prompts) if packs else 0
         if keep == "inputs":  # those of all layers, and one layer run again for its backward pass
             body, tower = tokens * (layers * outer + layer) + mask, runs * (depth * tower_outer + tower_inner)
         else:
@@ -127,10 +153,14 @@ def memory_per_gpu(
             return max(body, runs * (tower_inner + tower_outer))
         return body + tower
 
-    # As Rollout.micro_batches cuts: whole groups or, where not even one fits, some responses of one.
-    groups = tokens_per_batch // (prompt + group_size * response_tokens)
-    alone = min(group_size, max(1, (tokens_per_batch - prompt) // response_tokens))
-    prompts, responses = (groups, groups * group_size) if groups else (1, alone)
+    # As Rollout.micro_batches cuts: whole groups or, where not even one fits, some responses of one. What shares nothing goes one by one.
+    groups, alone = tokens_per_batch / (prompt + group_size * response_tokens), (tokens_per_batch - prompt) / response_tokens
+    rows = max(1, tokens_per_batch / length)
+    if not full:
+        groups, alone, rows = math.floor(groups), math.floor(alone), math.floor(rows)
+    prompts, responses = (groups, groups * group_size) if groups >= 1 else (1, min(group_size, max(1, alone)))
+    if not share_prompt:
+        prompts = responses = rows
     tokens = responses * response_tokens
     prefilled = max(1, responses_at_once // group_size)  # prompts in one call of generate
     generated = prefilled * max(n for n in range(1, min(group_size, responses_at_once) + 1) if group_size % n == 0)
@@ -148,12 +178,12 @@ def memory_per_gpu(
     writing = {
         "kv cache": generated * kv_cache + (prefilled * prompt * kv_token if share_prompt else generated * kv_cache) // layers,
         "activations": generated * (inner + outer) + (0 if share_prompt else generated * pixels),  # of one token
-        # float32, of one token: raw ones twice, without the forbidden ones, probabilities, two to draw; sorted ones, too, for top-p
-        "logits": (11 if top_p < 1 else 6) * generated * 4 * text.vocab_size,
+        # float32, of one token: raw ones twice, without the forbidden ones, probabilities, two to draw; sorted ones, too, for top-p; and
+        # which ids are forbidden
+        "logits": ((11 if top_p < 1 else 6) * generated + 1) * 4 * text.vocab_size,
     }
 
-    total, root, unit = weights or count_parameters(config)
-    trained = trained or (count_trained(config, lora_rank, freeze) if lora_rank or freeze else total)
+    total, root, unit = weights
     # An adapter's float32 weights lie beside the model's, which are in the compute type already, so that nothing is to be cast there.
     copied = trained if lora_rank else total
     if lora_rank:
@@ -167,10 +197,13 @@ def memory_per_gpu(
     gathered = b * (root + 2 * unit) if shard else whole
     row = 4 * text.vocab_size  # a token's logits, float32
     chunk = min(tokens, max(1, 2**24 // text.vocab_size))  # dependency.score_tokens
+    kept = min(-(-tokens * k // 1), max(1, CHUNK // text.vocab_size))  # model.InChunks: of the tokens with a gradient only so many at a time
+    table, size = 0 if lora_rank or freeze == "language" else text.hidden_size * text.vocab_size, b if shard else 4
     phases = {
         "rollout": {"compute weights": whole} | max(reading, writing, key=lambda parts: sum(parts.values())),
         "score": {
-            "compute weights": whole, "kv cache": responses * kv_cache if share_prompt else 0,
+            # The prompts' keys and values, and one layer of them with those of the responses, once as they are read and once joined.
+            "compute weights": whole, "kv cache": (prompts * prompt + 2 * responses * length // layers) * kv_token if share_prompt else 0,
             "activations": activations(prompts, responses, tokens, share_prompt, "nothing"),
             "logits": 8 * chunk * row,  # logits, p and log p of both images, and the terms of the KL
         },
@@ -178,17 +211,22 @@ def memory_per_gpu(
             "gradients": 4 * share_of * trained,  # freed before the next rollout; fused AdamW works in place
             "compute weights": gathered, "unsharded gradients": b * (trained / layers if lora_rank else root + unit) if shard else 0,
             "activations": activations(prompts, responses, tokens, share_prompt, keep),
-            # The kept tokens' logits and three tensors in the backward pass; an entropy keeps p, log p and another.
-            "logits": (7 if exact_entropy else 4) * -(-tokens * k // 1) * row,
+            # A chunk's logits and three tensors in the backward pass; an entropy keeps p, log p and another.
+            "logits": (7 if exact_entropy else 4) * kept * row,
         },
     }  # fmt: skip
+    # What passes beside the gradients: the head's, summed over its chunks in float32, and that of one chunk. Or at the end, when the
+    # backward pass has freed the rest, the embeddings': on a cache one of the prompts, one of the responses and their sum.
+    update, on_cache = phases["update"], share_prompt and not shard and not activation_checkpointing
+    at_the_end = (3 if on_cache else 1) * size * table - update["activations"] - update["logits"]
+    update["vocabulary's gradients"] = max((4 + size) * table, at_the_end)
     if offload_optimizer:  # Adam's states are there only in the optimizer's step, when the backward pass has freed its activations
-        freed = phases["update"]["activations"] + phases["update"]["logits"]
-        phases["rollout"]["adam"], phases["score"]["adam"], phases["update"]["adam"] = 0, 0, max(0, fixed["adam"] - freed)
+        freed = sum(update[part] for part in ("activations", "logits", "vocabulary's gradients"))
+        phases["rollout"]["adam"], phases["score"]["adam"], update["adam"] = 0, 0, max(0, fixed["adam"] - freed)
     result = {phase: {part: size / 2**30 for part, size in (fixed | parts).items()} for phase, parts in phases.items()}
     for sizes in result.values():
         sizes["total"] = sum(sizes.values())
-    return result | {"peak": max(sizes["total"] for sizes in result.values())}
+    return result
 
 
 # The longest prompts of the laptop's tasks

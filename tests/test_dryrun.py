@@ -10,11 +10,14 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLConfig
 
 import dryrun
-from dryrun import MODELS, count_parameters, count_trained, layer_bytes, memory_per_gpu, qwen
+from config import Config
+from dryrun import MODELS, count_parameters, count_trained, layer_bytes, memory_at, memory_per_gpu, qwen
+from lab import bench
 from lab.bench import peak_memory
 from model import Policy, add_adapter, load
 from prompts import Example, encode
 from rollout import Rollout, generate
+from vppo import Batch, measure, modulate, update
 
 GIB = 2**30
 # Parameters of `small`, by hand.
@@ -41,6 +44,12 @@ def small(layers=2, hidden=8, heads=2, intermediate=16, depth=1):
 
 # Prompts of 4 + 2 tokens, responses of 10, two a group: one group costs 6 + 2 x 10 = 26 tokens.
 WORK = dict(image_tokens=4, text_tokens=2, response_tokens=10, group_size=2, tokens_per_batch=26, responses_at_once=4, k=0.4)
+
+
+def at(config, *gpus, **work):
+    """Memory at exactly these lengths."""
+    trained = count_trained(config, work.get("lora_rank", 0), work.get("freeze", ""))
+    return memory_at(config, *gpus, weights=count_parameters(config), trained=trained, **work)
 
 
 def in_bytes(phase):
@@ -124,10 +133,10 @@ def test_an_adapter_takes_16_bytes_a_weight_and_the_model_2():
 
 
 def test_a_frozen_part_has_no_gradient_and_no_states():
-    sizes = in_bytes(memory_per_gpu(small(), freeze="vision", **WORK)["update"])
+    sizes = in_bytes(at(small(), freeze="vision", **WORK)["update"])
     language = 2 * LAYER + 2 * 256 + 8
     assert (sizes["parameters"], sizes["gradients"], sizes["adam"]) == (4 * TOTAL, 4 * language, 8 * language)
-    whole = in_bytes(memory_per_gpu(small(), **WORK)["update"])
+    whole = in_bytes(at(small(), **WORK)["update"])
     assert whole["activations"] - sizes["activations"] == 6400  # what the tower kept for its backward pass
 
 
@@ -137,7 +146,7 @@ def test_offloaded_states_are_there_in_the_optimizers_step_alone():
     for phase in ("rollout", "score"):
         assert away[phase]["adam"] == 0 and here[phase]["total"] - away[phase]["total"] == pytest.approx(here[phase]["adam"])
     update = away["update"]
-    step = update["total"] - update["activations"] - update["logits"]  # while the optimizer takes its step
+    step = update["total"] - sum(update[part] for part in ("activations", "logits", "vocabulary's gradients"))  # while the optimizer takes its step
     assert update["total"] == pytest.approx(max(here["update"]["total"] - here["update"]["adam"], step - update["adam"] + here["update"]["adam"]))
     tight = memory_per_gpu(small(), offload_optimizer=True, **WORK)["update"]  # few tokens: the step takes the most
     parts = in_bytes(tight)
@@ -148,14 +157,29 @@ def test_offloaded_states_are_there_in_the_optimizers_step_alone():
 # What grows with tokens
 # ---------------------------------------------------------------------------------------------------------------------
 def test_kv_cache_and_logits_by_hand():
-    sizes = memory_per_gpu(small(), **WORK)
-    # 2 layers x (keys, values) x 1 head x size 4 x 2 bytes = 32 bytes a token, 16 tokens a response; float32: twice as much
-    assert in_bytes(sizes["score"])["kv cache"] == in_bytes(memory_per_gpu(small(), 8, True, **WORK)["score"])["kv cache"] == 2 * 512
-    assert in_bytes(memory_per_gpu(small(), bf16=False, **WORK)["score"])["kv cache"] == 2 * 1024
-    assert in_bytes(memory_per_gpu(small(), share_prompt=False, **WORK)["score"])["kv cache"] == 0
+    sizes = at(small(), **WORK)
+    # 2 layers x (keys, values) x 1 head x size 4 x 2 bytes = 32 bytes a token. The prompt's 6 tokens, and of 2 x 16 in one of two layers two copies.
+    assert in_bytes(sizes["score"])["kv cache"] == in_bytes(at(small(), 8, True, **WORK)["score"])["kv cache"] == (6 + 32) * 32
+    assert in_bytes(at(small(), bf16=False, **WORK)["score"])["kv cache"] == 2 * (6 + 32) * 32  # float32
+    assert in_bytes(at(small(), share_prompt=False, **WORK)["score"])["kv cache"] == 0
     # 20 response tokens, 8 of them kept, rows of 32 x 4 bytes
     assert in_bytes(sizes["update"])["logits"] == 4 * 8 * 128
     assert in_bytes(sizes["score"])["logits"] == 8 * 20 * 128
+    # 8 x 32 numbers in the head: two float32 gradients of it; sharded, one of these is bfloat16. Frozen: none.
+    cases = [(8, {}), (8, {"activation_checkpointing": True}), (6, {"gpus": 8, "shard": True}), (0, {"lora_rank": 2}), (0, {"freeze": "language"})]
+    for size, flags in cases:
+        assert in_bytes(at(small(), **flags, **WORK)["update"])["vocabulary's gradients"] == 256 * size
+    # A vocabulary of 100,000 and one token with a gradient: on a cache three gradients of the embeddings are more than the rest of the pass.
+    wide = small()
+    wide.text_config.vocab_size = 100_000
+    sizes = in_bytes(at(wide, **WORK | {"k": 0.05})["update"])
+    assert sizes["vocabulary's gradients"] + sizes["activations"] + sizes["logits"] == 3 * 4 * 800_000
+
+
+def test_no_more_than_a_chunk_of_logits_is_alive_in_an_update():
+    config, work = qwen(**MODELS["7B"])
+    few, many = (at(config, **work | dict(tokens_per_batch=n))["update"]["logits"] for n in (8192, 65536))
+    assert few == many and 0.99 * 4 * 2**28 < many * GIB <= 4 * 2**28  # 4 tensors of at most 2^26 float32
 
 
 def test_a_rollout_by_hand():
@@ -168,10 +192,10 @@ def test_a_rollout_by_hand():
     # 2 x 6 tokens of 32 bytes; 2 images of 16 patches x 3 x 2 x 14 x 14 float32 = 75,264 bytes, and 16 x (400 + 32) in a tower's layer
     assert rollout(10) == (12 * 32, 2 * (75_264 + 6_912), 0)
     assert rollout(10, share_prompt=False) == (24 * 32, 4 * (75_264 + 6_912), 0)
-    # Responses of 10,000. All keys and values, one of the prompts' two layers, one token in a layer, six rows of logits.
+    # Responses of 10,000. All keys and values, one of the prompts' two layers, one token in a layer, six rows of logits and one.
     inner = 128 + 2 * (40 + 32 + 64 + 10_006)  # bytes of a token; it may see 10,006
-    assert rollout(10_000) == (4 * 10_006 * 32 + 2 * 6 * 16, 4 * (inner + 32), 6 * 4 * 128)
-    assert rollout(10_000, bf16=False)[0] == 2 * rollout(10_000)[0] and rollout(10_000, top_p=0.9)[2] == 11 * 4 * 128
+    assert rollout(10_000) == (4 * 10_006 * 32 + 2 * 6 * 16, 4 * (inner + 32), 25 * 128)
+    assert rollout(10_000, bf16=False)[0] == 2 * rollout(10_000)[0] and rollout(10_000, top_p=0.9)[2] == 45 * 128
     # Repeated prompts: a layer of the whole cache is copied when it grows, and images are kept.
     assert rollout(10_000, share_prompt=False)[:2] == (4 * 10_006 * (32 + 16), 4 * (inner + 32 + 75_264))
 
@@ -203,34 +227,92 @@ def test_scoring_never_holds_more_than_a_chunk_of_logits():
     assert few == many and 0.99 * 8 * 2**26 < many * GIB <= 8 * 2**26  # 8 tensors of at most 2^24 float32
 
 
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_scoring_and_updates_hold_what_is_estimated(share_prompt, checkpointing, rank):
+    """All bytes alive at once beside the weights, of a model with 12 layers and a vocabulary so large that logits and the head count.
+
+    The update has two pieces, so the second one's gradients come beside those of the first. The optimizer keeps no states.
+    """
+    if rank:
+        pytest.importorskip("peft")
+    policy = bench.build(hidden_size=128, intermediate_size=352, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=2,
+                         layer_types=["full_attention"] * 12, vocab_size=20_000)  # fmt: skip
+    model, policy.share_prompt = policy.model, share_prompt
+    if rank:
+        add_adapter(model, "", rank)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    (example,) = bench.questions(1, image_tokens=16)
+    prompt, T, G = encode(policy.processor, example), 24, 4
+    L = prompt["input_ids"].shape[1]
+    cfg = Config(prompts_per_step=2, group_size=G, max_new_tokens=T, tokens_per_batch=L + G * T, max_grad_norm=1e9, activation_checkpointing=checkpointing)
+    batch = Batch(generate(policy, [prompt] * 2, G, T), [example] * 2, [0, 1], torch.tensor([1.0, 0, 0, 0] * 2))
+    peaks = {"score": peak_memory(lambda: measure(policy, batch, cfg))}
+    modulate(batch, cfg)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    peaks["update"] = peak_memory(lambda: update(policy, optimizer, batch, range(2), cfg))
+    work = dict(image_tokens=16, text_tokens=L - 16, response_tokens=T, group_size=G, tokens_per_batch=cfg.tokens_per_batch)
+    found = at(model.config, bf16=False, share_prompt=share_prompt, activation_checkpointing=checkpointing, lora_rank=rank, **work)
+    for phase, peak in peaks.items():
+        sizes = in_bytes(found[phase])
+        assert 1 <= (sizes["total"] - sizes["parameters"] - sizes["adam"]) / peak < 1.25
+
+
 def test_activations_by_hand():
     # 16x8 + 2 (5x8 + 4x8 + 4x16 + 16 tokens of context) = 432; float32: 16x8 + 4 (2x8 + 4x8 + 4x16 + 16) = 640
     assert (layer_bytes(8, 8, 16, 16, True), layer_bytes(8, 8, 16, 16, False)) == (432, 640)
     # a tower's layer has no mask: 400 a patch, 4 patches an image token: 16 patches, 6400
     def update(**flags):
-        return in_bytes(memory_per_gpu(small(), **WORK | flags)["update"])["activations"]
+        return in_bytes(at(small(), **WORK | flags)["update"])["activations"]
 
     # shared: 6 + 20 tokens, 2 layers; one image; the prompt's keys and values, 2 layers x 2 responses x 6 tokens x 2 x 8 x 2
     assert update() == 26 * 2 * 432 + 6400 + 768
-    # repeated: 2 x 16 tokens, two images
-    assert update(share_prompt=False) == 32 * 2 * 432 + 2 * 6400
+    # repeated: of 26 tokens in a piece one response uses 16, of 32 two use all, with two images
+    assert update(share_prompt=False) == 16 * 2 * 432 + 6400
+    assert update(share_prompt=False, tokens_per_batch=32) == 32 * 2 * 432 + 2 * 6400
     # checkpointed: layer inputs are 4 x 8 = 32 bytes a token and a patch; repeated: 32 tokens, two images of 16 patches
-    assert update(activation_checkpointing=True, share_prompt=False) == 32 * (2 * 32 + 432) + 2 * (16 * 32 + 6400)
-    # packed: 26 tokens that may see 26, so a layer has 432 + 2 x 10 bytes a token, and there is a float32 mask
-    sharded = memory_per_gpu(small(), 2, True, **WORK)["update"]
-    assert in_bytes(sharded)["activations"] == 26 * (2 * 452 + 4 * 26) + 6400
-    assert update(activation_checkpointing=True) == 26 * (2 * 32 + 452 + 4 * 26) + 16 * 32 + 6400
-    # scoring keeps one layer: the larger of 26 x (432 + 32) and 16 x (400 + 32)
-    assert in_bytes(memory_per_gpu(small(), **WORK)["score"])["activations"] == 12_064
+    assert update(activation_checkpointing=True, share_prompt=False) == 16 * (2 * 32 + 432) + 16 * 32 + 6400
+    # packed: 26 tokens that may see 26. The mask is made once, 2 bytes for each pair, so a layer has 432 - 2 x 16 bytes a token.
+    sharded = at(small(), 2, True, **WORK)["update"]
+    assert in_bytes(sharded)["activations"] == 26 * (2 * 400 + 2 * 26) + 6400
+    assert update(activation_checkpointing=True) == 26 * (2 * 32 + 400 + 2 * 26) + 16 * 32 + 6400
+    # Scoring keeps one layer: 26 x (432 + 32), and the prompt's keys and values once for each of 2 responses, 2 x 6 x 2 x 8 x 2.
+    assert in_bytes(at(small(), **WORK)["score"])["activations"] == 12_064 + 384
 
 
-def test_micro_batches_are_those_of_the_rollout():
+@pytest.mark.parametrize("path, per_token", [("cache", 1), ("plain", 0)])
+def test_micro_batches_are_those_of_the_rollout(path, per_token):
     prompts = [{"input_ids": torch.zeros(1, 6)}] * 10
     rollout = Rollout(prompts, torch.zeros(20, 10), torch.ones(20, 10), [""] * 20, torch.zeros(20))
-    for tokens in (1, 16, 25, 26, 51, 52, 80):  # one response up to 25, one group of two from 26 on, two groups from 52 on
-        largest = max(len(rows) for _, rows in rollout.micro_batches(tokens))
-        update = memory_per_gpu(small(), **WORK | dict(tokens_per_batch=tokens, k=1.0))["update"]
+    for tokens in (1, 16, 25, 26, 31, 32, 51, 52, 80):  # one response up to 25, one group of two from 26 on, two groups from 52 on; plain: 16 each
+        largest = max(len(rows) for _, rows in rollout.micro_batches(tokens, path=path))
+        update = at(small(), **WORK | dict(tokens_per_batch=tokens, k=1.0, share_prompt=path == "cache"))["update"]
         assert in_bytes(update)["logits"] == 4 * largest * 10 * 128, tokens
+
+
+@pytest.mark.parametrize("flags", [{}, {"activation_checkpointing": True}, {"share_prompt": False}, {"lora_rank": 2}], ids=str)
+@pytest.mark.parametrize("tokens_per_batch", [40, 97, 200, 333])
+def test_no_lengths_take_more_than_is_estimated(tokens_per_batch, flags):
+    """All prompts of 1 to 20 tokens and responses of 1 to 30. At some settings the longest ones do not take the most."""
+    work = dict(image_tokens=20, text_tokens=0, response_tokens=30, group_size=3, responses_at_once=6, tokens_per_batch=tokens_per_batch, **flags)
+    config, counted = small(hidden=32, heads=4), {}
+    counted["weights"], counted["trained"] = count_parameters(config), count_trained(config, flags.get("lora_rank", 0))
+    bound = memory_per_gpu(config, **work, **counted)
+    taken = [
+        memory_at(config, **work | dict(image_tokens=prompt, response_tokens=response), **counted)
+        for prompt in range(1, 21) for response in range(1, 31)
+    ]  # fmt: skip
+    for phase in ("rollout", "score", "update"):
+        assert max(sizes[phase]["total"] for sizes in taken) > 0.9 * bound[phase]["total"]
+        assert max(sizes[phase]["total"] for sizes in taken) <= bound[phase]["total"] * (1 + 1e-9)
+
+
+def test_shorter_prompts_or_responses_may_take_more_than_the_longest():
+    config, work = qwen(**MODELS["7B"])
+    longest = at(config, 8, True, **work)["update"]["total"]
+    assert memory_per_gpu(config, 8, True, **work)["update"]["total"] > 1.1 * longest
 
 
 @pytest.mark.parametrize("name", "image_tokens text_tokens response_tokens tokens_per_batch responses_at_once k".split())
