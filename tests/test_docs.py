@@ -236,8 +236,8 @@ def test_docs_results_has_the_results_numbers():
     scores = {page["name"] for page in everything if "avg@8" in page.get("unit", "")} - {"figure5"}  # the README has figure5
     assert scores == set(seen)
     text = (ROOT / "docs" / "results.md").read_text()
-    ten, three = text.split("## Main tables, ten seeds")[1].split("## Smaller tables, three seeds")
-    assert all((f"### [{name}]" in (ten if seeds == 10 else three)) for name, seeds in seen.items())
+    parts = {part.splitlines()[0].split(", ")[-1]: part for part in re.split(r"^## ", text, flags=re.M) if "### [" in part}
+    assert all(f"### [{name}]" in parts[{10: "ten seeds", 6: "six seeds", 3: "three seeds"}[seeds]] for name, seeds in seen.items())
 
 
 def number(name, label, scale=1, form=".1f"):
@@ -264,6 +264,9 @@ def test_sentences_have_the_results_numbers():
         ("table1_penalty", "VPPO", "entropy penalty of 0.06 in both methods it is {}"),
         ("table2", "TGF only", "TGF without shaping is at {} to DAPO"),
         ("table2", "TAS only", "For shaping alone (TAS) nothing is decided: {}"),
+        ("first_words", "DAPO without first words", "DAPO without their gradient ends {} points from DAPO"),
+        ("first_words", "VPPO with first words", "VPPO gains {} points"),
+        ("first_words", "TGF with first words", "For the filter alone the gain is {}"),
         ("table10", "0.06, exact", "gives DAPO {} points at 0.06"),
         ("table10", "0.06, sampled", "does nothing** ([table10](../results/table10.md)): {} at 0.06"),
         ("table12", "drop", "costs less than published** ([table12](../results/table12.md)): {} points to KL"),
