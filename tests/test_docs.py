@@ -256,6 +256,7 @@ def test_sentences_have_the_results_numbers():
     vppo_, dapo = number("figure5", "VPPO"), number("figure5", "DAPO")
     assert f"{vppo_} % of held-out answers, DAPO at {dapo} %" in readme
     assert f"{vppo_} % of held-out answers are right with VPPO and {dapo} % with DAPO" in results
+    assert f"A VPPO that keeps them gains {difference('first_words', 'VPPO with first words')}" in readme
     cell = result("figure5")["VPPO"]
     ends = [cell["difference"] + sign * cell["difference_half"] for sign in (-1, 1)]
     assert f"{cell['difference']:.1f}, with a 95 % interval from {ends[0]:.1f} to {ends[1]:.1f}" in results
