@@ -6,11 +6,14 @@
 The *plain* path repeats a prompt for each of its G responses, as most code does; the *shared* path runs it once. Each comparison
 runs its sides in turn, several times; the ratio printed is the median of the ratios, with their smallest and largest.
 A rollout batch is used for two updates, as train.py does by default and, on its side, trl with steps_per_generation = 2.
-Responses have full length (the end token is never sampled) and pseudo-random rewards, so that every run does the same work.
+Responses have full length (the end token is never sampled) and pseudo-random rewards, so that every run does the same work. Three lines
+are about responses of *real lengths*: most are short and a few reach the limit, so padding costs most. Both sides get the same lengths.
 """
 
+import contextlib
 import copy
 import importlib.util
+import itertools
 import json
 import statistics
 import sys
@@ -27,7 +30,7 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, GenerationMixin
 
 import dryrun
 from config import METHODS, Config, command_line, option
@@ -100,6 +103,53 @@ def settings(bench, method, **fields):
     sizes = dict(prompts_per_step=bench.prompts, group_size=bench.group_size, max_new_tokens=bench.response_tokens)
     common = dict(updates_per_rollout=2, max_rounds=1, lr=1e-6, tokens_per_batch=bench.tokens_per_batch)
     return Config(method=method, **sizes, **common | fields)
+
+
+def lognormal(number, mean, limit, seed=0):
+    """Lengths of responses as a model writes them: lognormal, cut at `limit`, with the given mean after that."""
+    draws = np.exp(np.random.default_rng(seed).normal(size=number) * 0.9)
+    scale = 1.0
+    for _ in range(50):
+        scale *= mean / np.clip(draws * scale, 1, limit).mean()
+    return np.clip(draws * scale, 1, limit).round().astype(int).tolist()
+
+
+@contextlib.contextmanager
+def real_lengths(policy, lengths):
+    """Inside, every call of `generate` ends its row i with the end token at length lengths[i], whether we or trl call it.
+
+    The end token may be scored here, for it is sampled. Elsewhere in this file it is forbidden.
+    """
+    honest, forbidden, lengths = GenerationMixin.generate, policy.forbidden, torch.tensor(lengths, device=policy.device)
+
+    def generate(model, *words, logits_processor=(), **named):
+        number = itertools.count(1)
+
+        def end_there(ids, scores):
+            """A logits processor, called once a token: the end token is certain where a row shall end, and impossible before."""
+            here = lengths == next(number)
+            scores[:, policy.eos_ids] = -torch.inf
+            scores[here] = -torch.inf
+            scores[here, policy.eos_ids[0]] = 0
+            return scores
+
+        return honest(model, *words, logits_processor=[*logits_processor, end_there], **named)
+
+    GenerationMixin.generate, policy.forbidden = generate, [i for i in forbidden if i not in policy.eos_ids]
+    try:
+        yield
+    finally:
+        GenerationMixin.generate, policy.forbidden = honest, forbidden
+
+
+def counted(policy, action):
+    """How many tokens go through the first decoder layer while an action runs."""
+    tokens = []
+    layer = policy.model.get_decoder().layers[0]
+    hook = layer.register_forward_pre_hook(lambda _, words: tokens.append(words[0].shape[0] * words[0].shape[1]))
+    action()
+    hook.remove()
+    return sum(tokens)
 
 
 def clock():
@@ -225,12 +275,19 @@ def learning(policy, bench, examples, share, mask=None):
     def action():
         policy.share_prompt = share
         if mask is None:
-            measure(policy, batch, cfg)
-            modulate(batch, cfg)
+            return passes(policy, optimizer, batch, cfg)
         for groups in deal(batch, cfg):
             update(policy, optimizer, batch, groups, cfg)
 
     return action
+
+
+def passes(policy, optimizer, batch, cfg):
+    """All of a step but the rollout."""
+    measure(policy, batch, cfg)
+    modulate(batch, cfg)
+    for groups in deal(batch, cfg):
+        update(policy, optimizer, batch, groups, cfg)
 
 
 def ratios(above, below):
@@ -239,11 +296,21 @@ def ratios(above, below):
     return statistics.median(values), min(values), max(values)
 
 
-def line(name, ratio, at_most):
-    """One line of the table, printed as soon as it is known."""
+def line(name, ratio, at_most=None):
+    """One line of the table, printed as soon as it is known. at_most: the aim, if there is one."""
     median, low, high = ratio
-    print(f"| {name} | {median:.3f} | {low:.3f} - {high:.3f} | {at_most} | {'yes' if median <= at_most else 'NO'} |", flush=True)
+    reached = "-" if at_most is None else "yes" if median <= at_most else "NO"
+    print(f"| {name} | {median:.3f} | {low:.3f} - {high:.3f} | {at_most or '-'} | {reached} |", flush=True)
     return {"name": name, "ratio": round(median, 4), "low": round(low, 4), "high": round(high, 4), "at_most": at_most}
+
+
+def padding(policy, bench, examples):
+    """Tokens computed / real tokens, counted: those of scoring, masked scoring and both updates of one rollout batch."""
+    cfg = settings(bench, "vppo")
+    batch, _, _ = collect(policy, examples, cfg, 0, checksum_reward)
+    real = sum(prompt["input_ids"].shape[1] for prompt in batch.rollout.prompts) + int(batch.rollout.response_mask.sum())
+    computed = counted(policy, lambda: passes(policy, torch.optim.AdamW(policy.parameters(), lr=0.0), batch, cfg))
+    return (computed / (3 * real),) * 3  # each token is scored, scored masked, and in one of the two updates
 
 
 def scoring_memory():
@@ -300,6 +367,30 @@ def peer(policy, bench, examples, ours):
     return both[1:], mine[1:]  # the first is for warming up
 
 
+def with_trl(policy, bench, examples, ours):
+    """The ratio of our step to trl's, or None where trl is not installed or not asked for."""
+    if bench.peer != "trl" or not importlib.util.find_spec("trl"):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs, mine = peer(policy, bench, examples, ours)
+    return ratios(mine, theirs)
+
+
+def lines_of_real_lengths(policy, bench):
+    """The lines with lognormal lengths: 64 image tokens, a limit of 192 response tokens, which are 48 on average, 16 prompts x 8."""
+    bench = BenchConfig(response_tokens=192, repeats=bench.repeats, peer=bench.peer)
+    examples, words = questions(64, bench.image_tokens), "lognormal lengths, mean 48 of at most 192"
+    with real_lengths(policy, lognormal(bench.prompts * bench.group_size, bench.response_tokens / 4, bench.response_tokens)):
+        if ratio := with_trl(policy, bench, examples, steps(policy, bench, examples)["vppo shared"]):
+            yield line(f"VPPO step / trl GRPOTrainer step: {words}", ratio, 0.30)
+        pair = {name: learning(policy, bench, examples, name == "shared") for name in ("shared", "plain")}
+        times = in_turn(bench.repeats, **pair)
+        yield line(f"score + masked score + update, shared / plain: {words}", ratios(times["shared"], times["plain"]))
+        policy.share_prompt = True
+        yield line(f"tokens computed / real tokens in these passes, counted, shared: {words}", padding(policy, bench, examples), 1.3)
+
+
 def bar(parts, scale):
     """A row of letters, one per `scale` seconds: g generate, s score, m masked score, u update."""
     return "".join(name[0] * round(seconds / scale) for name, (seconds, _) in parts.items())
@@ -343,11 +434,8 @@ def main(argv=None):
         result["response_tokens_per_second"], result["peak_gpu_gib"] = tokens, torch.cuda.max_memory_allocated() / 2**30
         print(f"\n{tokens:.0f} response tokens a second in a whole VPPO step, peak {result['peak_gpu_gib']:.1f} GiB")
     else:
-        if bench.peer == "trl" and importlib.util.find_spec("trl"):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                theirs, ours = peer(policy, bench, examples, actions["vppo shared"])
-            lines.append(line("VPPO step / trl GRPOTrainer step", ratios(ours, theirs), 0.33))
+        if ratio := with_trl(policy, bench, examples, actions["vppo shared"]):
+            lines.append(line("VPPO step / trl GRPOTrainer step", ratio, 0.33))
         times = in_turn(bench.repeats, **actions)
         lines.append(line("VPPO step shared / DAPO step plain", ratios(times["vppo shared"], times["dapo plain"]), 0.45))
         extra = [a - b for a, b in zip(times["vppo shared"], times["dapo shared"])]
@@ -370,6 +458,7 @@ def main(argv=None):
         lines.append(line(name, ratios(times["tgf"], times["all"]), 0.55))
         name = f"peak memory of scoring, chunked / all at once: V = {VOCABULARY:,}, B = 8, T = 256"
         lines.append(line(name, scoring_memory(), 0.15))
+        lines += lines_of_real_lengths(policy, bench)
     if bench.json:
         Path(bench.json).write_text(json.dumps(result, indent=2) + "\n")
     return result

@@ -15,7 +15,7 @@ import model
 import vppo
 from config import Config
 from lab import bench
-from lab.bench import LivingTensors
+from lab.bench import LivingTensors, counted, lognormal
 from laptop import digits
 from loss import token_entropy
 from model import Policy
@@ -26,15 +26,6 @@ from speed.paths import computed_tokens, runs, too_padded
 from vppo import Batch, measure, update
 
 LIMIT = 2048  # --max_new_tokens of the paper's 7B run
-
-
-def lognormal(number, mean, seed=0):
-    """Lengths of responses as a model writes them: lognormal, cut at LIMIT, with the given mean after that."""
-    draws = np.exp(np.random.default_rng(seed).normal(size=number) * 0.9)
-    scale = 1.0
-    for _ in range(50):
-        scale *= mean / np.clip(draws * scale, 1, LIMIT).mean()
-    return np.clip(draws * scale, 1, LIMIT).round().astype(int)
 
 
 def rollout_of(prompts, lengths, policy=None):
@@ -69,23 +60,13 @@ def set_path(policy, path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens computed
 # ---------------------------------------------------------------------------------------------------------------------
-def counted(policy, action):
-    """How many tokens go through the first decoder layer while an action runs."""
-    tokens = []
-    layer = policy.model.model.language_model.layers[0]
-    hook = layer.register_forward_pre_hook(lambda _, words: tokens.append(words[0].shape[0] * words[0].shape[1]))
-    action()
-    hook.remove()
-    return sum(tokens)
-
-
 @pytest.mark.parametrize("path", ["cache", "packed", "plain"])
 @pytest.mark.parametrize("mean", [533, 359])
 def test_few_tokens_are_padding(mean, path, narrow):
     """At most 1.3 tokens go through the model for each real one, in scoring and in the update (cache: 2.7 before lengths counted)."""
     set_path(narrow, path)
     prompts = [encode(narrow.processor, bench.questions(1, number)[0]) for number in (60, 100, 20)]
-    rollout = rollout_of(prompts, lognormal(24, mean))
+    rollout = rollout_of(prompts, lognormal(24, mean, LIMIT))
     batch = ready(rollout)
     repeats = 8 if path == "plain" else 1  # there a prompt runs once for each response
     real = repeats * sum(prompt["input_ids"].shape[1] for prompt in prompts) + int(rollout.response_mask.sum())
@@ -113,7 +94,7 @@ def pieces_of(rollout, tokens_per_batch, path):
 def test_few_tokens_are_padding_in_a_batch_of_the_papers_size(tokens_per_batch, mean, path):
     """128 prompts of 256 to 1,500 tokens, 8 responses each: computed / real, and not many more pieces than the tokens need."""
     prompts = np.random.default_rng(1).integers(256, 1500, 128).tolist()
-    rollout = rollout_of(prompts, lognormal(1024, mean))
+    rollout = rollout_of(prompts, lognormal(1024, mean, LIMIT))
     pieces = list(pieces_of(rollout, tokens_per_batch, path))
     real = sum(prompts) * (8 if path == "plain" else 1) + int(rollout.response_mask.sum())
     assert sum(computed for computed, *_ in pieces) <= 1.3 * real
@@ -127,7 +108,7 @@ def test_runs_by_hand():
     assert runs([100, 1000, 900, 300]) == [[1, 2], [3], [0]]
     assert runs([40, 1, 25]) == [[0, 2, 1]]  # 54 tokens of padding are less than a pass costs
     assert runs([7, 7, 7]) == [[0, 1, 2]]
-    for run in runs(lengths := lognormal(300, 359).tolist()):
+    for run in runs(lengths := lognormal(300, 359, LIMIT)):
         real = sum(lengths[row] for row in run)
         assert not too_padded(len(run) * lengths[run[0]], real)
 
