@@ -132,13 +132,16 @@ def memory_at(
     tower_outer = patches * 4 * width
     tower_inner = patches * layer_bytes(width, width, getattr(vision, "intermediate_size", 4 * width), 0, bf16)
 
+    side = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+    pixels = patches * 4 * 3 * getattr(vision, "temporal_patch_size", 1) * side**2  # of a prompt, float32, alive during a pass
+
     def activations(prompts, responses, tokens, share, keep):
         """Bytes of a forward pass of `tokens` response tokens. keep: "nothing" (no gradient), layer "inputs", or "all"."""
         runs = prompts if share else responses  # how often a prompt is run
         tokens += runs * prompt
         if keep == "nothing":  # one layer at a time, the tower before the language model
             copies = responses * prompt * 2 * query * b if share else 0  # a layer's keys and values as the responses read them
-            return max(tokens * (inner + outer) + copies, runs * (tower_inner + tower_outer))
+            return max(tokens * (inner + outer) + copies, runs * (tower_inner + tower_outer)) + runs * pixels
         packs = share and (shard or keep == "inputs")  # Policy.path: the group in one row, which sees all of it through a mask
         # A packed row has a mask of its own, made once in the type that is computed in, so that no layer keeps a copy.
         layer = layer_bytes(text.hidden_size, query, text.intermediate_size, 0 if packs else length, bf16, lora_rank)
@@ -150,8 +153,8 @@ def memory_at(
             copies = layers * responses * prompt * 2 * query * b if share and not packs else 0
             body, tower = tokens * layers * layer + mask + copies, runs * depth * tower_inner
         if lora_rank or freeze == "vision":  # the tower has no gradient and keeps nothing: it runs layer by layer, before the body
-            return max(body, runs * (tower_inner + tower_outer))
-        return body + tower
+            return max(body, runs * (tower_inner + tower_outer + pixels))
+        return body + tower + runs * pixels
 
     # As Rollout.micro_batches cuts: whole groups or, where not even one fits, some responses of one. What shares nothing goes one by one.
     groups, alone = tokens_per_batch / (prompt + group_size * response_tokens), (tokens_per_batch - prompt) / response_tokens
@@ -169,15 +172,13 @@ def memory_at(
     # A call of generate is largest when it reads the prompts, or when it has written to the end and its one cache is full. Beside the
     # full cache lives one layer of the prompts' own, which it is filled from; a cache of repeated prompts copies a layer as it grows.
     reads = prefilled if share_prompt else generated  # how often a prompt is run
-    side = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
-    pixels = patches * 4 * 3 * getattr(vision, "temporal_patch_size", 1) * side**2  # float32; kept to the end where prompts are repeated
     reading = {
         "kv cache": reads * prompt * kv_token, "logits": 0,
-        "activations": reads * pixels + activations(prefilled, generated, 0, share_prompt, "nothing"),
+        "activations": activations(prefilled, generated, 0, share_prompt, "nothing"),
     }  # fmt: skip
     writing = {
         "kv cache": generated * kv_cache + (prefilled * prompt * kv_token if share_prompt else generated * kv_cache) // layers,
-        "activations": generated * (inner + outer) + (0 if share_prompt else generated * pixels),  # of one token
+        "activations": generated * (inner + outer) + (0 if share_prompt else generated * pixels),  # of one token; repeated prompts keep pixels
         # float32, of one token: raw ones twice, without the forbidden ones, probabilities, two to draw; sorted ones, too, for top-p; and
         # which ids are forbidden
         "logits": ((11 if top_p < 1 else 6) * generated + 1) * 4 * text.vocab_size,
@@ -215,11 +216,12 @@ def memory_at(
             "logits": (7 if exact_entropy else 4) * kept * row,
         },
     }  # fmt: skip
-    # What passes beside the gradients: the head's, summed over its chunks in float32, and that of one chunk. Or at the end, when the
-    # backward pass has freed the rest, the embeddings': on a cache one of the prompts, one of the responses and their sum.
+    # What passes beside the gradients: the head's, summed over its chunks in float32, and that of one chunk, under autocast first in
+    # bfloat16. Or at the end, when the backward pass has freed the rest, the embeddings': on a cache one of the prompts, one of the
+    # responses and their sum.
     update, on_cache = phases["update"], share_prompt and not shard and not activation_checkpointing
     at_the_end = (3 if on_cache else 1) * size * table - update["activations"] - update["logits"]
-    update["vocabulary's gradients"] = max((4 + size) * table, at_the_end)
+    update["vocabulary's gradients"] = max((4 + size + (2 if bf16 and not shard else 0)) * table, at_the_end)
     if offload_optimizer:  # Adam's states are there only in the optimizer's step, when the backward pass has freed its activations
         freed = sum(update[part] for part in ("activations", "logits", "vocabulary's gradients"))
         phases["rollout"]["adam"], phases["score"]["adam"], update["adam"] = 0, 0, max(0, fixed["adam"] - freed)

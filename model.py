@@ -626,7 +626,7 @@ class InChunks(torch.autograd.Function):
                 scores = ctx.policy.scores(chunk, chunk_ids, ctx.with_entropy)
                 by_chunk, *by_weights = torch.autograd.grad(scores, (chunk, *ctx.weights), chunk_gradient)
                 by_states.append(by_chunk)
-                for total, part in zip(sums, by_weights):
-                    total += part
+                for total in sums:
+                    total += by_weights.pop(0)  # a chunk's gradient of the head is gone before the next chunk has one
         by_weights = [total.to(weight.dtype) for total, weight in zip(sums, ctx.weights)]
         return None, None, None, torch.cat(by_states), *by_weights

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLConfig
 
 import dryrun
+import model as model_module
 from config import Config
 from dryrun import MODELS, count_parameters, count_trained, layer_bytes, memory_at, memory_per_gpu, qwen
 from lab import bench
@@ -137,7 +138,8 @@ def test_a_frozen_part_has_no_gradient_and_no_states():
     language = 2 * LAYER + 2 * 256 + 8
     assert (sizes["parameters"], sizes["gradients"], sizes["adam"]) == (4 * TOTAL, 4 * language, 8 * language)
     whole = in_bytes(at(small(), **WORK)["update"])
-    assert whole["activations"] - sizes["activations"] == 6400  # what the tower kept for its backward pass
+    # Trained, the tower keeps 6,400 bytes beside those of the 26 tokens and the pixels. Frozen, its own pass takes the most: 16 x 432 and the pixels.
+    assert whole["activations"] == 26 * 2 * 432 + 768 + 6400 + 75_264 and sizes["activations"] == 16 * 432 + 75_264
 
 
 def test_offloaded_states_are_there_in_the_optimizers_step_alone():
@@ -148,7 +150,7 @@ def test_offloaded_states_are_there_in_the_optimizers_step_alone():
     update = away["update"]
     step = update["total"] - sum(update[part] for part in ("activations", "logits", "vocabulary's gradients"))  # while the optimizer takes its step
     assert update["total"] == pytest.approx(max(here["update"]["total"] - here["update"]["adam"], step - update["adam"] + here["update"]["adam"]))
-    tight = memory_per_gpu(small(), offload_optimizer=True, **WORK)["update"]  # few tokens: the step takes the most
+    tight = memory_per_gpu(small(), offload_optimizer=True, **WORK | {"image_tokens": 1, "text_tokens": 5})["update"]  # few tokens: the step takes the most
     parts = in_bytes(tight)
     assert 0 < parts["adam"] < 8 * TOTAL and parts["total"] == 16 * TOTAL + 2 * TOTAL  # weights, gradients, states; bfloat16 copies
 
@@ -165,14 +167,14 @@ def test_kv_cache_and_logits_by_hand():
     # 20 response tokens, 8 of them kept, rows of 32 x 4 bytes
     assert in_bytes(sizes["update"])["logits"] == 4 * 8 * 128
     assert in_bytes(sizes["score"])["logits"] == 8 * 20 * 128
-    # 8 x 32 numbers in the head: two float32 gradients of it; sharded, one of these is bfloat16. Frozen: none.
-    cases = [(8, {}), (8, {"activation_checkpointing": True}), (6, {"gpus": 8, "shard": True}), (0, {"lora_rank": 2}), (0, {"freeze": "language"})]
+    # 8 x 32 numbers in the head: two float32 gradients of it, one of them first in bfloat16; sharded, it stays so. Frozen: none.
+    cases = [(10, {}), (10, {"activation_checkpointing": True}), (8, {"bf16": False}), (6, {"gpus": 8, "shard": True}), (0, {"lora_rank": 2}), (0, {"freeze": "language"})]
     for size, flags in cases:
         assert in_bytes(at(small(), **flags, **WORK)["update"])["vocabulary's gradients"] == 256 * size
     # A vocabulary of 100,000 and one token with a gradient: on a cache three gradients of the embeddings are more than the rest of the pass.
     wide = small()
     wide.text_config.vocab_size = 100_000
-    sizes = in_bytes(at(wide, **WORK | {"k": 0.05})["update"])
+    sizes = in_bytes(at(wide, **WORK | {"k": 0.05, "bf16": False})["update"])
     assert sizes["vocabulary's gradients"] + sizes["activations"] + sizes["logits"] == 3 * 4 * 800_000
 
 
@@ -227,10 +229,11 @@ def test_scoring_never_holds_more_than_a_chunk_of_logits():
     assert few == many and 0.99 * 8 * 2**26 < many * GIB <= 8 * 2**26  # 8 tensors of at most 2^24 float32
 
 
+@pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("rank", [0, 8])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("share_prompt", [True, False])
-def test_scoring_and_updates_hold_what_is_estimated(share_prompt, checkpointing, rank):
+def test_scoring_and_updates_hold_what_is_estimated(share_prompt, checkpointing, rank, chunks, monkeypatch):
     """All bytes alive at once beside the weights, of a model with 12 layers and a vocabulary so large that logits and the head count.
 
     The update has two pieces, so the second one's gradients come beside those of the first. The optimizer keeps no states.
@@ -244,8 +247,11 @@ def test_scoring_and_updates_hold_what_is_estimated(share_prompt, checkpointing,
         add_adapter(model, "", rank)
     if checkpointing:
         model.activation_checkpointing_enable()
-    (example,) = bench.questions(1, image_tokens=16)
+    (example,) = bench.questions(1, image_tokens=64)
     prompt, T, G = encode(policy.processor, example), 24, 4
+    if chunks > 1:  # of the head in an update
+        for module in (dryrun, model_module):
+            monkeypatch.setattr(module, "CHUNK", 20_000 * -(-10 * (G if share_prompt else 1) // chunks))  # 10 of 24 tokens have a gradient
     L = prompt["input_ids"].shape[1]
     cfg = Config(prompts_per_step=2, group_size=G, max_new_tokens=T, tokens_per_batch=L + G * T, max_grad_norm=1e9, activation_checkpointing=checkpointing)
     batch = Batch(generate(policy, [prompt] * 2, G, T), [example] * 2, [0, 1], torch.tensor([1.0, 0, 0, 0] * 2))
@@ -253,33 +259,36 @@ def test_scoring_and_updates_hold_what_is_estimated(share_prompt, checkpointing,
     modulate(batch, cfg)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     peaks["update"] = peak_memory(lambda: update(policy, optimizer, batch, range(2), cfg))
-    work = dict(image_tokens=16, text_tokens=L - 16, response_tokens=T, group_size=G, tokens_per_batch=cfg.tokens_per_batch)
+    work = dict(image_tokens=64, text_tokens=L - 64, response_tokens=T, group_size=G, tokens_per_batch=cfg.tokens_per_batch)
     found = at(model.config, bf16=False, share_prompt=share_prompt, activation_checkpointing=checkpointing, lora_rank=rank, **work)
     for phase, peak in peaks.items():
         sizes = in_bytes(found[phase])
-        assert 1 <= (sizes["total"] - sizes["parameters"] - sizes["adam"]) / peak < 1.25
+        # A tower without gradient is counted with what a backward pass would keep. Where little else is alive, that is a third too much.
+        limit = 1.4 if phase == "update" and rank and checkpointing and not share_prompt else 1.25
+        assert 1 <= (sizes["total"] - sizes["parameters"] - sizes["adam"]) / peak < limit
 
 
 def test_activations_by_hand():
     # 16x8 + 2 (5x8 + 4x8 + 4x16 + 16 tokens of context) = 432; float32: 16x8 + 4 (2x8 + 4x8 + 4x16 + 16) = 640
     assert (layer_bytes(8, 8, 16, 16, True), layer_bytes(8, 8, 16, 16, False)) == (432, 640)
     # a tower's layer has no mask: 400 a patch, 4 patches an image token: 16 patches, 6400
-    def update(**flags):
-        return in_bytes(at(small(), **WORK | flags)["update"])["activations"]
+    # an image of 16 patches x 3 x 2 x 14 x 14 float32 pixels: 75,264 bytes, in each pass
+    def update(images=1, **flags):
+        return in_bytes(at(small(), **WORK | flags)["update"])["activations"] - images * 75_264
 
     # shared: 6 + 20 tokens, 2 layers; one image; the prompt's keys and values, 2 layers x 2 responses x 6 tokens x 2 x 8 x 2
     assert update() == 26 * 2 * 432 + 6400 + 768
     # repeated: of 26 tokens in a piece one response uses 16, of 32 two use all, with two images
     assert update(share_prompt=False) == 16 * 2 * 432 + 6400
-    assert update(share_prompt=False, tokens_per_batch=32) == 32 * 2 * 432 + 2 * 6400
+    assert update(images=2, share_prompt=False, tokens_per_batch=32) == 32 * 2 * 432 + 2 * 6400
     # checkpointed: layer inputs are 4 x 8 = 32 bytes a token and a patch; repeated: 32 tokens, two images of 16 patches
     assert update(activation_checkpointing=True, share_prompt=False) == 16 * (2 * 32 + 432) + 16 * 32 + 6400
     # packed: 26 tokens that may see 26. The mask is made once, 2 bytes for each pair, so a layer has 432 - 2 x 16 bytes a token.
     sharded = at(small(), 2, True, **WORK)["update"]
-    assert in_bytes(sharded)["activations"] == 26 * (2 * 400 + 2 * 26) + 6400
+    assert in_bytes(sharded)["activations"] - 75_264 == 26 * (2 * 400 + 2 * 26) + 6400
     assert update(activation_checkpointing=True) == 26 * (2 * 32 + 400 + 2 * 26) + 16 * 32 + 6400
     # Scoring keeps one layer: 26 x (432 + 32), and the prompt's keys and values once for each of 2 responses, 2 x 6 x 2 x 8 x 2.
-    assert in_bytes(at(small(), **WORK)["score"])["activations"] == 12_064 + 384
+    assert in_bytes(at(small(), **WORK)["score"])["activations"] - 75_264 == 12_064 + 384
 
 
 @pytest.mark.parametrize("path, per_token", [("cache", 1), ("plain", 0)])
