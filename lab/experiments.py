@@ -50,7 +50,10 @@ SECONDS |= {"scenes-honest": (3.0, 0.014, 0.004)} | dict.fromkeys(["scenes-verbo
 # The tables
 # ---------------------------------------------------------------------------------------------------------------------
 class Table(NamedTuple):
-    """Rows of (label, departures from the plan, published number or "<" or ">", label of the row to compare with)."""
+    """Rows of (label, departures from the plan, published number or "<" or ">", label of the row to compare with).
+
+    A comparison is settled once its interval does not contain 0, or lies within +-2 points (`equal`).
+    """
 
     title: str
     rows: list
@@ -59,6 +62,12 @@ class Table(NamedTuple):
     unit: str = "held-out avg@8, %"
     value: Callable = lambda record, label: 100 * record["test"]
     picture: Callable = figures.dots
+    most: int = 0  # if not 0, a comparison that is open gets more seeds, as many as `seeds` at a time, up to these
+
+    @property
+    def equal(self):
+        """Differences within +- this count as none: 2 points of avg@8, nothing in other units."""
+        return 2 if "avg@8" in self.unit else 0
 
 
 def measured(record, label):
@@ -76,6 +85,7 @@ KINDS = ["digits read", "numbers", "positions", "relations", "operators", "fille
 QUALITY = [f"{mask}, {metric}, {way}" for mask in dependency.MASKS for metric in dependency.METRICS
            for way in ("prompt", "rollout", "mean of 8") if way == "prompt" or mask in ("blacken", "noise")]  # fmt: skip
 LARGE = {"model": "tiny-large"}
+GROWING = {"seeds": 3, "most": 12}  # three seeds, and three more at a time while a comparison is open
 PENALTIES = [(0.02, 52.7), (0.04, 54.3), (0.06, 55.0), (0.08, 55.0)]
 
 
@@ -147,34 +157,34 @@ TABLES = {
         ("[0.9, 1.1]", method("tas", beta_max=1.1), 55.9, "[0.9, dynamic]"),
         ("[0.8, dynamic]", method("tas", beta_min=0.8), 56.2, "[0.9, dynamic]"),
         ("[0.8, 1.2]", method("tas", beta_min=0.8, beta_max=1.2), 55.9, "[0.9, dynamic]"),
-    ]),
+    ], **GROWING),
     "table4": Table("which tokens to keep, TGF only", [
         ("dependency 0.4", method("tgf"), 57.1, None),
         ("random 0.4", method("tgf", select="random"), 54.8, "dependency 0.4"),
         *((f"entropy {k}", method("tgf", select="entropy", k=k), paper, "dependency 0.4")
           for k, paper in ((0.2, 56.0), (0.4, 55.7), (0.6, 55.8), (0.8, 55.3))),
-    ]),
+    ], **GROWING),
     "table5": Table("VPPO on a GRPO base", [
         ("GRPO", method("grpo"), 53.1, None), ("VPPO on GRPO", method("vppo_grpo"), 54.8, "GRPO"),
         ("VPPO on DAPO", method("vppo"), 57.5, "VPPO on GRPO"),
-    ]),
+    ], **GROWING),
     "table6": Table("binary or soft token mask", [
         ("binary", method("vppo"), 57.5, None), ("soft", method("vppo", soft=True), 56.2, "binary"),
-    ]),
+    ], **GROWING),
     "table7": Table("alpha scales the advantage or the reward", [
         ("advantage", method("vppo"), 57.5, None), ("reward", method("vppo", shape="reward"), 56.8, "advantage"),
-    ]),
+    ], **GROWING),
     "table10": Table("entropy penalty on DAPO", [
         ("0", method("dapo"), 49.0, None),
         *((f"{c}, exact", method("dapo", entropy_penalty=c), paper, "0") for c, paper in PENALTIES),
         *((f"{c}, sampled", method("dapo", entropy_penalty=c, entropy_form="sampled"), paper, "0")
           for c, paper in PENALTIES),
-    ], note="The paper's runs used the official code's penalty, the sampled form; its gradient is not the entropy's."),
+    ], **GROWING, note="The paper's runs used the official code's penalty, the sampled form; its gradient is not the entropy's."),
     "table11": Table("masks", [
         ("blacken", method("vppo"), 57.5, None),
         *((mask, method("vppo", mask=mask), paper, "blacken")
           for mask, paper in (("noise", 56.5), ("blur", 56.4), ("grey", 56.4))),
-    ]),
+    ], **GROWING),
     "table12": Table("metrics of dependency", [
         ("kl", method("vppo"), 57.5, None),
         *((metric, method("vppo", metric=metric), paper, "kl")
@@ -184,7 +194,7 @@ TABLES = {
     "table13": Table("responses per prompt", [
         ("G = 8", method("vppo"), 57.5, None),
         *((f"G = {G}", method("vppo", group_size=G), paper, "G = 8") for G, paper in ((5, 56.5), (12, 57.4), (16, 57.7))),
-    ], note="At equal steps, so a larger G sees more responses."),
+    ], **GROWING, note="At equal steps, so a larger G sees more responses."),
     "table14": Table("overhead of the masked pass", [
         ("DAPO, seconds a step", {"kind": "overhead", "steps": 10}, None, None),
         ("VPPO, seconds a step", {"kind": "overhead", "steps": 10}, None, None),
@@ -194,7 +204,7 @@ TABLES = {
     "table15": Table("DAPO given VPPO's time", [
         ("VPPO", method("vppo"), 57.5, None), ("DAPO", method("dapo"), 55.0, "VPPO"),
         ("DAPO, same time", method("dapo", steps="same time"), 55.0, "VPPO"),
-    ], note="Same time: more steps by what a VPPO step is dearer in table14 (before that has run: by 9.7 %, as published)."),
+    ], **GROWING, note="Same time: more steps by what a VPPO step is dearer in table14 (before that has run: by 9.7 %, as published)."),
     "figure3": Table("S of a token", [
         ("largest S", MEASURE, 10, None), ("share of tokens with S > 0.05", MEASURE, None, None), *per_kind("S"),
     ], unit="nats, share", value=measured, picture=figures.token_histogram, note="Of the warmed-up model, before RL."),
@@ -209,7 +219,7 @@ TABLES = {
         ("k = 0.4", method("vppo"), None, None),
         *((f"k = {k}", method("vppo", k=k), "<", "k = 0.4") for k in (0.2, 0.6, 0.8)),
         ("k = 1 (TAS only)", method("tas"), "<", "k = 0.4"),
-    ]),
+    ], **GROWING),
     "figure7": Table("share of tokens that the filter keeps, by kind", per_kind("kept"),
                      unit="share", value=measured, picture=figures.tokens),
     "figure8": Table("what DAPO writes with and without entropy penalty", [
@@ -279,11 +289,36 @@ def settings_of(overrides, seed, flags):
     return settings
 
 
-def runs_of(name, flags, build=False):
-    """{label: [settings of each seed]} of a table. build: warm up the models that runs still to be made start from."""
-    seeds = 1 if flags.quick else flags.seeds or TABLES[name].seeds
-    rows = {label: [settings_of(overrides, seed, flags) for seed in range(seeds)] for label, overrides, *_ in TABLES[name].rows}
-    return runs.with_base(rows, Path(flags.output) / "runs", build)
+def open_rows(table, records):
+    """Labels of the rows whose comparison is not settled by these records, and of those that they are compared with."""
+    values = {label: [record and table.value(record, label) for record in row] for label, row in records.items()}
+    pairs = [(label, reference) for label, _, _, reference in table.rows if reference]
+    return {
+        label for pair in pairs for label in pair
+        if not figures.settled(*figures.difference(*(values[label] for label in pair)), table.equal)
+    }  # fmt: skip
+
+
+def runs_of(name, flags, build=False, ahead=False):
+    """{label: [settings of each seed]} of a table. build: warm up the models that runs still to be made start from.
+
+    In a table that has `most`, open comparisons get more seeds once the runs of their first ones are there; ahead: before that, too,
+    as if none were settled. --seeds and --quick fix the number.
+    """
+    table, folder = TABLES[name], Path(flags.output) / "runs"
+    first = 1 if flags.quick else flags.seeds or table.seeds
+    most = first if flags.quick or flags.seeds else max(first, table.most)
+    seeds = {label: first for label, *_ in table.rows}
+    while True:
+        rows = {label: [settings_of(overrides, seed, flags) for seed in range(seeds[label])] for label, overrides, *_ in table.rows}
+        rows = runs.with_base(rows, folder, build)
+        if first == most:
+            return rows
+        records = {label: [runs.find(settings, folder) for settings in row] for label, row in rows.items()}
+        more = [label for label in open_rows(table, records) if seeds[label] < most]
+        if not more or (not ahead and any(None in row for row in records.values())):
+            return rows
+        seeds |= {label: min(seeds[label] + first, most) for label in more}
 
 
 def distinct(tables, folder):
@@ -311,8 +346,8 @@ def cost(settings, folder):
 
 
 def listing(names, flags, folder):
-    """The names with their runs and minutes on 2 cores; in the sum, shared runs count once."""
-    tables = {name: runs_of(name, flags) for name in names}
+    """The names with their runs, at most, and minutes on 2 cores; in the sum, shared runs count once."""
+    tables = {name: runs_of(name, flags, ahead=True) for name in names}
     print(f"{'name':20}{'runs':>5}{'to do':>7}{'minutes':>9}  (on 2 cores: measured where the record is there, else estimated)")
     for name, chosen in [*((name, [table]) for name, table in tables.items()), ("together", tables.values())]:
         wanted = distinct(chosen, folder)
@@ -360,16 +395,16 @@ def report(name, flags, folder):
     """Write NAME.md, NAME.json and NAME.png from the records, which must be there."""
     table, chosen = TABLES[name], runs_of(name, flags)
     records = {label: [runs.find(settings, folder) for settings in row] for label, row in chosen.items()}
-    everything = [record for row in records.values() for record in row]
+    everything, seeds = [record for row in records.values() for record in row], [len(row) for row in records.values()]
     words = [f"--{flag} {getattr(flags, flag)}" for flag in ("data", "seeds") if getattr(flags, flag) != getattr(Flags, flag)]
     result = {
         "name": name, "title": table.title, "unit": table.unit, "note": table.note,
-        "seeds": len(next(iter(chosen.values()))),
+        "seeds": f"{min(seeds)} to {max(seeds)}" if min(seeds) < max(seeds) else max(seeds),
         "command": " ".join(["python -m lab.experiments", name, *words, *["--quick"] * flags.quick]),
         "commits": sorted({record["commit"] for record in everything}),
         "torch": sorted({record["torch"] for record in everything}),
         "base": ", ".join(f"{key} {value}" for key, value in settings_of({}, 0, flags).items() if key != "seed"),
-        "cells": figures.evaluate_rows(table.rows, records, table.value),
+        "cells": figures.evaluate_rows(table.rows, records, table.value, table.equal),
         "samples": [(label, s) for label, row in records.items() for s in row[0]["samples"]] if name == "figure8" else [],
         "records": sorted(file.name for file in distinct([chosen], folder)),
     }  # fmt: skip
@@ -407,16 +442,18 @@ def main(argv=None):
     if flags.list:
         return listing(names, flags, folder)
     for name in names:
-        wanted = distinct([runs_of(name, flags, build=True)], folder)
-        todo = [settings for settings in wanted.values() if runs.find(settings, folder) is None]
-        print(
-            f"{name}: {len(wanted)} runs, {len(todo)} to do, about {sum(cost(s, folder) for s in todo) / 60:.0f} core minutes", flush=True
-        )
-        failed = run_all(todo, folder, flags.jobs or os.cpu_count())
-        if failed:
-            raise ValueError(
-                f"{name}: {len(failed)} of {len(todo)} runs failed, the others are kept: repeat the command ({failed[0]})"
-            )
+        while True:  # once, or until no comparison needs more seeds
+            wanted = distinct([runs_of(name, flags, build=True)], folder)
+            todo = [settings for settings in wanted.values() if runs.find(settings, folder) is None]
+            minutes = sum(cost(settings, folder) for settings in todo) / 60
+            print(f"{name}: {len(wanted)} runs, {len(todo)} to do, about {minutes:.0f} core minutes", flush=True)
+            if not todo:
+                break
+            failed = run_all(todo, folder, flags.jobs or os.cpu_count())
+            if failed:
+                raise ValueError(
+                    f"{name}: {len(failed)} of {len(todo)} runs failed, the others are kept: repeat the command ({failed[0]})"
+                )
         report(name, flags, folder)
         sum_up(flags)
 

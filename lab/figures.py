@@ -48,17 +48,27 @@ def interval(values):
 
 
 def difference(values, reference):
-    """`interval` of the paired differences: both lists in the order of the same seeds."""
-    missing = None in values or None in reference
-    return (None, None) if missing else interval([a - b for a, b in zip(values, reference, strict=True)])
+    """`interval` of the paired differences: both lists in the order of the same seeds, of which one may have more."""
+    pairs = list(zip(values, reference))
+    return (None, None) if any(None in pair for pair in pairs) else interval([a - b for a, b in pairs])
 
 
-def verdict(sign, mean, half):
-    """Whether the published direction (1, -1, 0 for equal, None for none) holds: only an interval without 0 decides."""
+def settled(mean, half, equal=0):
+    """Whether an interval ends a comparison: it does not contain 0, or it lies within +- equal.
+
+    Example: 3 +- 2.9 and 0.5 +- 1.4 with equal = 2 are settled, 1 +- 1.5 is not.
+    """
+    return half is not None and (abs(mean) > half or abs(mean) + half <= equal > 0)
+
+
+def verdict(sign, mean, half, equal=0):
+    """Whether the published direction (1, -1, 0 for equal, None for none) holds: only a settled interval decides."""
     if sign is None or mean is None:
         return ""
-    if half is None or abs(mean) <= half:
+    if not settled(mean, half, equal):
         return "undecided"
+    if abs(mean) <= half:
+        return f"equal within {equal}"
     return "holds" if mean * sign > 0 else "does not hold"
 
 
@@ -67,7 +77,7 @@ def curve_mean(record):
     return 100 * statistics.mean(avg for _, avg in record["curve"]) if record.get("curve") else None
 
 
-def evaluate_rows(rows, records, value):
+def evaluate_rows(rows, records, value, equal=0):
     """The cells of a table. rows: (label, settings, published, reference); records: {label: [a record per seed]}.
 
     value(record, label) gives a cell's number. A row's `published` is a number or, where the paper gives none, "<" or ">": on
@@ -95,7 +105,7 @@ def evaluate_rows(rows, records, value):
             if isinstance(paper, (int, float)) and isinstance(published[reference], (int, float)):
                 gap = round(paper - published[reference], 3)
                 sign = (gap > 0) - (gap < 0)
-            direction = verdict(sign, cell["difference"], cell["difference_half"])
+            direction = verdict(sign, cell["difference"], cell["difference_half"], equal)
             cell |= {"reference": reference, "published_difference": gap, "direction": direction}
     return list(cells.values())
 
@@ -120,7 +130,7 @@ def number(value, form=".4g"):
     return value if isinstance(value, str) else "" if value is None else f"{value:{form}}"
 
 
-PAIRED = ["difference", "over the curve", "responses that read nothing", "paper", "direction of the paper"]
+PAIRED = ["seeds", "difference", "over the curve", "responses that read nothing", "paper", "direction of the paper"]
 
 
 def side(published):
@@ -130,8 +140,9 @@ def side(published):
 
 def compared(result):
     """A table row for each cell that has a reference: label - reference, then PAIRED."""
+    seeds = {c["label"]: len(c["values"]) for c in result["cells"]}
     return [
-        [f"{c['label']} - {c['reference']}", spread(c["difference"], c["difference_half"]),
+        [f"{c['label']} - {c['reference']}", str(min(seeds[c["label"]], seeds[c["reference"]])), spread(c["difference"], c["difference_half"]),
          spread(c["curve_difference"], c["curve_difference_half"]), spread(c.get("blind_difference"), c.get("blind_difference_half")),
          number(c["published_difference"], "+.4g") or side(c["published"]), c["direction"]]
         for c in result["cells"] if "reference" in c
@@ -163,9 +174,9 @@ def overview(results):
     short = [row for r in results if "avg@8" in r["unit"] for row in scores(r, link[r["name"]])]
     table = grid(["page", "seeds", "", "here, %", "paper, %", "decided difference"], short)
     titles = "\n".join(f"* {link[r['name']]}: {r['title']}" for r in results)
-    rows = [[link[r["name"]], str(r["seeds"]), *row] for r in results for row in compared(r) if row[-1]]
+    rows = [[link[r["name"]], *row] for r in results for row in compared(r) if row[-1]]
     ends = [row[-1] for row in rows]
-    counts = ", ".join(f"{end}: {ends.count(end)}" for end in ("holds", "does not hold", "undecided"))
+    counts = ", ".join(f"{end}: {ends.count(end)}" for end in ("holds", "does not hold", "equal within 2", "undecided"))
     return f"""# The paper's tables and figures at laptop size
 
     python -m lab.experiments all
@@ -180,10 +191,10 @@ its interval does not contain 0, which decides its sign.
 {table}
 ## Does the direction of the paper hold?
 
-{len(rows)} comparisons paired by seed, with 95 % intervals: {counts}. An interval decides that does not contain 0; \
-of so many, one in twenty does so by chance. Each page says what its numbers are.
+{len(rows)} comparisons paired by seed, with 95 % intervals: {counts}. An interval decides that does not contain 0, \
+or that lies within +-2 points. Of so many, one in twenty leaves 0 out by chance. Each page says what its numbers are.
 
-{grid(["page", "seeds", "", *PAIRED], rows)}"""
+{grid(["page", "", *PAIRED], rows)}"""
 
 
 def markdown(result):

@@ -52,8 +52,7 @@ def test_pairing_sees_what_the_spread_over_seeds_hides():
     assert mean == pytest.approx(4 / 3) and half == pytest.approx(4.303 * 0.288675 / 3**0.5)
     assert figures.verdict(1, mean, half) == "holds"
     assert figures.difference(b[::-1], a)[1] > 20  # other seeds beside each other: nothing to be seen
-    with pytest.raises(ValueError):
-        figures.difference(a, b[:2])
+    assert figures.difference(a, b[:2]) == figures.difference(a[:2], b[:2])  # the seeds that both have
 
 
 def test_verdicts():
@@ -61,6 +60,18 @@ def test_verdicts():
              (0, 2.0, 1.0): "does not hold", (1, 2.0, 3.0): "undecided", (1, 2.0, None): "undecided",
              (0, 0.0, 0.0): "undecided", (None, 2.0, 1.0): ""}  # fmt: skip
     assert {case: figures.verdict(*case) for case in cases} == cases
+    near = {(1, 0.5, 1.4): "equal within 2", (1, 0.5, 1.6): "undecided", (1, 1.0, 0.5): "holds", (1, -1.0, 0.5): "does not hold"}
+    assert {case: figures.verdict(*case, 2) for case in near} == near
+
+
+def test_how_often_chance_settles_a_comparison():
+    """docs/results.md says what looking after 3, 6, 9 and 12 seeds does: of two equal methods one in eight seems better or worse."""
+    draws, wrong = np.random.default_rng(0).normal(0, 3, (2000, 12)), 0
+    for row in draws:
+        ends = (figures.interval(row[:n].tolist()) for n in (3, 6, 9, 12))
+        mean, half = next((end for end in ends if figures.settled(*end, 2)), (0, 1))
+        wrong += abs(mean) > half
+    assert 0.11 < wrong / len(draws) < 0.15
 
 
 def trained(test, curve, seconds=60.0):
@@ -163,6 +174,37 @@ def test_bad_flags(flags, word):
         experiments.main(flags.split())
 
 
+def test_open_comparisons_get_more_seeds(tmp_path, monkeypatch, capsys):
+    """Scores are planted: b wins at once, c is noise that three more seeds do not settle, d equals within 2 after six."""
+    scores = {"a": [0.5] * 6, "b": [0.6, 0.61, 0.6] + [0.0] * 3, "c": [0.4, 0.5, 0.7] * 2, "d": [0.52, 0.5, 0.49] + [0.5] * 3}
+    rates = dict(zip(scores, (1e-4, 2e-4, 3e-4, 4e-4)))
+    rows = [("a", {"lr": rates["a"]}, 50.0, None), *((name, {"lr": rates[name]}, 51.0, "a") for name in "bcd")]
+    monkeypatch.setitem(TABLES, "grows", experiments.Table("grows", rows, 3, most=6))
+    begun = []
+
+    def planted(todo, folder, jobs):
+        folder.mkdir(exist_ok=True)
+        for settings in todo:
+            name = next(name for name, rate in rates.items() if rate == settings["lr"])
+            begun.append((name, settings["seed"]))
+            record = trained(scores[name][settings["seed"]], [[2, 0.5]]) | {"identity": runs.identity(settings), "commit": "x", "torch": "y"}
+            runs.file_of(settings, folder).write_text(json.dumps(record))
+
+    monkeypatch.setattr(experiments, "run_all", planted)
+    experiments.main(["grows", "--list", "--data", "digits", "--output", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["grows", "24", "24"]  # at most
+    experiments.main(["grows", "--data", "digits", "--output", str(tmp_path)])
+    assert sorted(begun) == [(name, seed) for name in scores for seed in range(3 if name == "b" else 6)]
+    result = json.loads((tmp_path / "grows-digits.json").read_text())
+    assert result["seeds"] == "3 to 6"
+    assert [(row[0], row[1], row[-1]) for row in figures.compared(result)] == [
+        ("b - a", "3", "holds"), ("c - a", "6", "undecided"), ("d - a", "6", "equal within 2")
+    ]  # fmt: skip
+    begun.clear()
+    experiments.main(["grows", "--data", "digits", "--seeds", "3", "--output", str(tmp_path)])  # a number that is given is kept
+    assert not begun and json.loads((tmp_path / "grows-digits.json").read_text())["seeds"] == 3
+
+
 # --- records ---------------------------------------------------------------------------------------------------------
 def test_a_record_belongs_to_its_settings_and_to_the_arithmetic(tmp_path, monkeypatch):
     settings = {"data": "digits", "steps": 3}
@@ -221,7 +263,7 @@ def test_two_experiments_and_their_records(tiny_folder, tmp_path, monkeypatch, c
     begun = []
     monkeypatch.setattr(experiments, "run_all", lambda todo, *_: begun.append(todo) or [])
     experiments.main(["table6", *flags])
-    assert begun == [[]] and {file.name: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()} == records
+    assert begun == [] and {file.name: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()} == records
     shared = experiments.distinct([experiments.runs_of("table7", replace(FLAGS, output=str(tmp_path)))], tmp_path / "runs")
     assert [settings.get("shape") for file, settings in shared.items() if not file.exists()] == ["reward"]
     (tmp_path / "runs" / result["records"][0]).unlink()
@@ -267,23 +309,23 @@ def test_pictures(tmp_path):
 
 
 def test_the_page_over_all_results():
-    cell = {"label": "b", "reference": "a", "mean": 52.0, "half": 1.5, "published": 57.5, "difference": 2.0, "difference_half": 1.0,
+    cell = {"label": "b", "reference": "a", "mean": 52.0, "half": 1.5, "values": [0, 1], "published": 57.5, "difference": 2.0, "difference_half": 1.0,
             "curve_difference": None, "curve_difference_half": None, "blind_difference": None, "blind_difference_half": None,
             "published_difference": 2.5, "direction": "holds"}  # fmt: skip
-    first = {"label": "a", "mean": 50.0, "half": 1.25, "published": 55.0}
+    first = {"label": "a", "mean": 50.0, "half": 1.25, "published": 55.0, "values": [0, 1, 2]}
     silent = cell | {"label": "c", "published_difference": None, "published": 55.0, "direction": "", "difference": 1.5}
     other = cell | {"published_difference": None, "published": "<", "direction": "does not hold"}
     score = {"name": "t1", "title": "what", "unit": TABLES["table1"].unit, "seeds": 10, "cells": [first, cell, silent]}
-    results = [score, {"name": "t2", "title": "how", "unit": "nats", "seeds": 3, "cells": [other]}]
+    results = [score, {"name": "t2", "title": "how", "unit": "nats", "seeds": 3, "cells": [first, other]}]
     text = figures.overview(results)
     for row in ("| [t1](t1.md) | 10 | a | 50.0 +- 1.2 | 55 |  |", "|  |  | b | 52.0 +- 1.5 | 57.5 | b - a: +2.0 +- 1.0 (paper +2.5) |",
                 "|  |  | c | 52.0 +- 1.5 | 55 | c - a: +1.5 +- 1.0 |", "* [t2](t2.md): how"):  # fmt: skip
         assert row in text.splitlines()
     assert figures.decided(other) == "b - a: +2.0 +- 1.0 (paper < 0)"
-    assert "2 comparisons" in text and "holds: 1, does not hold: 1, undecided: 0" in text
+    assert "2 comparisons" in text and "holds: 1, does not hold: 1, equal within 2: 0, undecided: 0" in text
     assert text.splitlines()[-2:] == [
-        "| [t1](t1.md) | 10 | b - a | 2 +- 1 | +2.5 | holds |",
-        "| [t2](t2.md) | 3 | b - a | 2 +- 1 | < 0 | does not hold |",
+        "| [t1](t1.md) | b - a | 2 | 2 +- 1 | +2.5 | holds |",
+        "| [t2](t2.md) | b - a | 2 | 2 +- 1 | < 0 | does not hold |",
     ]
 
 
