@@ -30,7 +30,7 @@ import loss
 from config import MAY_CHANGE, NUMERICS, Config, check
 from data import load_data
 from eval import evaluate
-from laptop import tiny
+from laptop import scenes, tiny
 from model import Policy, load
 from prompts import encode, with_images
 from rollout import generate
@@ -273,11 +273,14 @@ def train(cfg, **own):
             scores, _ = evaluate(policy, val_data, cfg, cfg.eval_prompts, cfg.eval_samples, cfg.seed)
             curve.append([step + 1, rounded(scores["avg"])])
     scores, answers = evaluate(policy, test_data, cfg, cfg.test_prompts, cfg.eval_samples, cfg.seed)
-    is_reading = tiny.task_of(cfg.data).is_reading
-    blind = [not any(map(is_reading, text.split())) for answer in answers for text in answer["responses"]]
+    task = tiny.task_of(cfg.data)
+    blind = [not any(map(task.is_reading, text.split())) for answer in answers for text in answer["responses"]]
+    wrong = [(text, test_data[a["number"]]) for a in answers for text, reward in zip(a["responses"], a["rewards"]) if not reward]
+    failed = [task.failure(*one) for one in wrong] if task is scenes else []
     return {
         "curve": curve, "test": scores["avg"], "test_ci": scores["avg_ci"], "metrics": metrics,
         "blind": rounded(sum(blind) / len(blind)),  # share of held-out responses that name no digit
+        "failures": {why: rounded(failed.count(why) / len(blind)) for why in scenes.FAILURES if failed},  # shares of all responses
         "right": [int(sum(answer["rewards"])) for answer in answers],  # of eval_samples, prompt by prompt
         "samples": [{"problem": a["problem"], "answer": a["answer"], "response": a["responses"][0]} for a in answers[:3]],
     }  # fmt: skip

@@ -21,6 +21,7 @@ from PIL import Image
 from laptop import digits
 from laptop.digits import GUESSES, SYNONYMS, WORDS, Digits, draw_digit, is_computed, is_reading  # noqa: F401  (the task's, too)
 from prompts import Example
+from reward import extract_answer
 
 SHAPES = [(2, 3), (2, 4), (3, 3)]  # rows, columns
 ROWS = {2: ["top", "bottom"], 3: ["top", "middle", "bottom"]}
@@ -130,6 +131,29 @@ def write_response(example, rng, guess=0.0, misread=0.0, fillers=0):
         answer, computation = solve(example.kind, rows, example.asked)
         words = pick(OPENINGS).split() + read(rows) + ponder() + ["SO"] + computation + ["."] + ponder() + pick(CLOSINGS).split()
     return vary(words, rng) + f" \\boxed{{{answer}}}"
+
+
+FAILURES = ["reads nothing", "broken form", "miscomputed", "misread"]
+
+
+def failure(response, example):
+    """Why a wrong response is wrong, one of FAILURES: in scenes this can be told from what it says.
+
+    "reads nothing": no digit is named. "broken form": there is no answer, or the reading names other rows than the scene has, or
+    another number of digits in one. "miscomputed": the answer does not follow from the digits as they were read. "misread": it does.
+    """
+    words = response.split()
+    if not any(map(is_reading, words)):
+        return "reads nothing"
+    begin = next((i for i, word in enumerate(words) if word in ROWS[3]), len(words))
+    reading = " ".join(words[begin : words.index(".", begin) if "." in words[begin:] else len(words)])
+    rows = [part.split() or [""] for part in reading.split(",")]  # the name of a row, and its digits
+    form = [(name, len(row)) for name, row in zip(ROWS[len(example.digits)], example.digits)]
+    answer, digits = extract_answer(response), [word for _, *row in rows for word in row]
+    if answer is None or [(name, len(row)) for name, *row in rows] != form or not all(map(is_reading, digits)):
+        return "broken form"
+    read = tuple(tuple(WORDS.index(word) for word in row) for _, *row in rows)
+    return "misread" if answer.strip() == solve(example.kind, read, example.asked)[0] else "miscomputed"
 
 
 def write_drill(example, rng, more=2):
