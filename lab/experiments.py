@@ -26,6 +26,7 @@ from tqdm import tqdm
 import dependency
 from config import command_line, option
 from lab import figures, runs
+from laptop.scenes import FAILURES
 
 # What all methods share, task by task: fixed before methods are compared, tuned on DAPO and validation data alone.
 PLANS = {
@@ -112,6 +113,22 @@ def mapped(**settings):
     ]  # fmt: skip
 
 
+def share(record, label):
+    """The share in % of held-out responses that are right, or that fail for the reason that the row's label begins with."""
+    why = label.split(": ")[0]
+    return 100 * (record["test"] if why == "right" else record["failures"][why])
+
+
+def failing(cell):
+    """Rows of (what becomes of a response: method), in a cell of the map: DAPO's compared with the base's, the others' with DAPO's."""
+    methods = {"base": {"steps": 0}, "DAPO": method("dapo"), "DAPO without first words": by_rule("dapo_without_first_words")}
+    methods |= {"TGF": method("tgf"), "TGF at half": by_rule("tgf_half"), "TGF with first words": by_rule("tgf_first_words"), "VPPO": method("vppo")}
+    return [
+        (f"{why}: {name}", CELLS[cell] | settings, None, {"base": None, "DAPO": f"{why}: base"}.get(name, f"{why}: DAPO"))
+        for why in ("right", *FAILURES) for name, settings in methods.items()
+    ]  # fmt: skip
+
+
 def per_kind(prefix):
     """A row for each kind of token, compared with the fillers."""
     return [
@@ -137,6 +154,9 @@ TABLES = {
         ("TGF by threshold", by_rule("tgf_threshold"), None, "TGF"), ("TGF by mass", by_rule("tgf_mass"), None, "TGF"),
         ("TGF without noise", by_rule("tgf_without_noise"), None, "TGF"),
     ], 6, "40 % of a response are more tokens than look, so TGF also keeps some of small S. The rules leave these places empty."),
+    "failures": Table("why, three: what goes wrong when a step has few prompts", failing("scenes, 4 prompts"), 6,
+        "4 prompts a step instead of 16, 80 steps, one update a step. laptop/scenes.py: failure says what the reasons mean. TGF at half: what "
+        "the filter drops counts half.", "share of held-out responses, %", share, figures.stacked),
     "table1": Table("base, GRPO, DAPO, VPPO", [
         ("base", {"steps": 0}, 38.3, None), ("GRPO", method("grpo"), 53.1, "base"), ("DAPO", method("dapo"), 55.0, "GRPO"),
         ("VPPO", method("vppo"), 57.5, "DAPO"),

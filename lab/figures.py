@@ -30,7 +30,7 @@ T975 = (
     2.101,
     2.093,
 )
-STYLES = [("#000000", "-"), ("#d55e00", "--"), ("#56b4e9", "-."), ("#009e73", ":")]  # apart in grey print, too
+STYLES = [("#000000", "-"), ("#d55e00", "--"), ("#56b4e9", "-."), ("#009e73", ":"), ("#cc79a7", "--")]  # apart in grey print, too
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,11 +248,30 @@ def against(figure, result, records):
         mine = [cell for cell in cells if cell["label"].split(": ")[-1] == name]
         y = [places.index(cell["label"].split(": ")[0]) + 0.2 * (number - (len(methods) - 1) / 2) for cell in mine]
         axes.errorbar([cell["difference"] for cell in mine], y, xerr=[cell["difference_half"] or 0 for cell in mine],
-                      fmt="osD^"[number % 4], color=STYLES[number % 4][0], capsize=3, label=name)  # fmt: skip
+                      fmt="osD^v"[number % 5], color=STYLES[number % 5][0], capsize=3, label=name)  # fmt: skip
     axes.set_yticks(range(len(places)), places)
     axes.set_ylim(len(places) - 0.5, -0.5)
-    axes.set_xlabel(f"points of held-out avg@8 more than DAPO, 95 % interval over {result['seeds']} seed(s)")
+    axes.set_xlabel(f"{result['unit']}: difference to DAPO, 95 % interval over {result['seeds']} seed(s)")
     axes.legend()
+
+
+def stacked(figure, result, records):
+    """What becomes of 100 responses: a bar a method, cut into parts. Labels are "part: method"."""
+    parts, methods = (list(dict.fromkeys(cell["label"].split(": ")[i] for cell in result["cells"])) for i in (0, -1))
+    means = {cell["label"]: cell["mean"] for cell in result["cells"]}
+    figure.set_size_inches(9, 1.4 + 0.4 * len(methods))
+    axes, left = figure.add_subplot(), np.zeros(len(methods))
+    for part, colour in zip(parts, ("#009e73", "#999999", "#cc79a7", "#56b4e9", "#d55e00")):
+        width = np.array([means[f"{part}: {name}" if name != part else name] for name in methods])
+        axes.barh(range(len(methods)), width, left=left, color=colour, edgecolor="white", label=part)
+        for y, (start, size) in enumerate(zip(left, width)):
+            if size >= 4:  # room for its number
+                axes.text(start + size / 2, y, f"{size:.0f}", ha="center", va="center")
+        left += width
+    axes.set_yticks(range(len(methods)), methods)
+    axes.set(xlim=(0, max(left)), ylim=(len(methods) - 0.5, -0.5))
+    axes.set_xlabel(f"{result['unit']}, mean over {result['seeds']} seed(s)")
+    figure.legend(loc="outside upper center", ncols=len(parts))
 
 
 def band(axes, number, label, steps, runs):

@@ -10,6 +10,7 @@ from data import load_data
 from laptop import scenes, tiny
 from laptop.digits import POOLS, WORDS, Digits
 from laptop.scenes import KIND_SHARE, KINDS, SHAPES, Scenes, write_drill, write_response
+from prompts import Example
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,29 @@ def test_a_guess_reads_nothing_and_is_lucky_where_answers_are_few():
         assert not any(scenes.is_reading(word) for word in response.split())
         lucky[example.kind].append(reward.grade(response, example.answer))
     assert np.mean(lucky["yesno"]) > 0.3 and max(np.mean(lucky["sum"]), np.mean(lucky["difference"])) < 0.2
+
+
+def test_why_a_wrong_response_is_wrong():
+    rng = np.random.default_rng(0)
+    for i in range(200):  # what the warm-up teaches is never broken and never miscomputed
+        example = Scenes("val")[i]
+        for fillers in (0, 6):
+            assert scenes.failure(write_response(example, rng, misread=0.4, fillers=fillers), example) == "misread"
+            assert scenes.failure(write_response(example, rng, guess=1.0, fillers=fillers), example) == "reads nothing"
+    example = Example([], "?", "3", kind="difference", digits=((5, 1, 2), (4, 0, 6)), asked="top")
+    cases = {
+        "we see : top five one three , bottom four zero six . so top 5 - 3 is 2 . so \\boxed{2}": "misread",
+        "okay , i see top five one two , bottom four zero six . so \\boxed{2}": "miscomputed",
+        "we see : top five one two , bottom four zero six . top 5 - 2 is 3": "broken form",  # no answer
+        "we see : top five one , bottom four zero six . so \\boxed{4}": "broken form",
+        "we see : top five one two , middle four zero six . so \\boxed{4}": "broken form",
+        "we see : top five one two bottom four zero six . so \\boxed{4}": "broken form",
+        "we see : five one two , bottom four zero six . so \\boxed{4}": "broken form",
+        "we see : top five one two , bottom four zero page . so \\boxed{4}": "broken form",
+        "we guess \\boxed{4}": "reads nothing",
+        "": "reads nothing",
+    }
+    assert {text: scenes.failure(text, example) for text in cases} == cases
 
 
 def test_a_drill_repeats_itself_with_made_up_digits():
