@@ -268,6 +268,10 @@ def test_sentences_have_the_results_numbers():
         ("first_words", "DAPO without first words", "DAPO without their gradient ends {} points from DAPO"),
         ("first_words", "VPPO with first words", "VPPO gains {} points"),
         ("first_words", "TGF with first words", "For the filter alone the gain is {}"),
+        ("failures", "reads nothing: VPPO", "These differ from DAPO's by {} and "),
+        ("failures", "misread: VPPO", " and {}, so VPPO is not shown to read better"),
+        ("failures", "right: VPPO", "VPPO ends {} from DAPO"),
+        ("failures", "right: TGF at half", "is no better: {}"),
         ("table10", "0.06, exact", "gives DAPO {} points at 0.06"),
         ("table10", "0.06, sampled", "does nothing** ([table10](../results/table10.md)): {} at 0.06"),
         ("table12", "drop", "costs less than published** ([table12](../results/table12.md)): {} points to KL"),
@@ -281,6 +285,14 @@ def test_sentences_have_the_results_numbers():
     assert f"that is {shares[1]} with GRPO, {shares[2]} with DAPO and {shares[3]} with VPPO" in results
     assert f"ROC curve is {number('dependency_quality', 'blacken, kl, prompt', form='.3f')} for KL" in results
     assert f"The area of k3 is {number('dependency_quality', 'blacken, k3, prompt', form='.3f')}" in results
+    of = lambda label: number("failures", label, form=".0f")  # noqa: E731
+    assert f"no digit fall from {of('reads nothing: base')} % to {of('reads nothing: DAPO')} %" in results
+    assert f"the misread ones from {of('misread: base')} % to {of('misread: DAPO')} %" in results
+    assert f"With VPPO they fall to {of('reads nothing: VPPO')} % and {of('misread: VPPO')} %" in results
+    wrong = [of(f"miscomputed: {name}") for name in ("DAPO", "VPPO", "base")]
+    assert f"{wrong[0]} % of DAPO's responses are miscomputed, and of VPPO's {wrong[1]} %. In the base it is {wrong[2]} %" in results
+    without = [of(f"{why}: DAPO without first words") for why in ("misread", "reads nothing")]
+    assert f"{without[0]} % are misread, and {without[1]} % name no digit" in results
     kept = [number("figure7", f"kept, {kind}", scale=100, form=".0f") for kind in ("digits read", "fillers")]
     assert f"{kept[0]} % of the digits that are read, {kept[1]} % of fillers" in results
     slower = result("table14")["VPPO over DAPO, %"]
