@@ -1,8 +1,9 @@
 """Did the forecast come true? Forecast against measured difference, over the cells of the map.
 
-    python -m lab.forecast --model tiny --data scenes-honest --kinds --output results/forecast-scenes-honest      and so on, once a regime
-    python -m lab.experiments map                                                                   the runs it is compared with
-    python -m lab.validate                                                                          results/forecast_validation.md and .json
+    python -m lab.forecast --model tiny --data scenes --kinds --output results/forecast-scenes      and so on, once a regime;
+                                                                     the verbose ones with --max_new_tokens 96
+    python -m lab.experiments map                                    the runs that it is compared with
+    python -m lab.validate                                           results/forecast_validation.md and .json
 
 A point is a method (TAS, TGF, VPPO) in a cell of the map. Its forecast is the progress of a step relative to DAPO's, from the gradients of
 the untrained policy. Its measured value is the difference to DAPO in held-out avg@8, paired by seed. If the forecast predicts, points with
