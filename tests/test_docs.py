@@ -251,6 +251,17 @@ def difference(name, label):
     return f"{cell['difference']:+.1f} +- {cell['difference_half']:.1f}"
 
 
+def test_signal_by_regime_is_that_of_the_forecasts():
+    part = (ROOT / "docs" / "results.md").read_text().split("## Where the signal lies")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("| scenes")]
+    assert [name for name, *_ in rows] == ["scenes", "scenes-verbose", "scenes-honest", "scenes-verbose-honest"]
+    for name, *cells in rows:
+        measured = json.loads((ROOT / "results" / f"forecast-{name}" / "forecast.json").read_text())["rows"]
+        triples = [measured[kind][key] for kind, key in
+                   (("first words", "alignment"), ("fillers", "alignment"), ("fillers", "variance"), ("TGF", "progress"))]  # fmt: skip
+        assert cells == [f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in triples]
+
+
 def test_sentences_have_the_results_numbers():
     readme, results = (re.sub(r"\s+", " ", (ROOT / page).read_text()) for page in ("README.md", "docs/results.md"))
     vppo_, dapo = number("figure5", "VPPO"), number("figure5", "DAPO")
