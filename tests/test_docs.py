@@ -233,11 +233,11 @@ def test_docs_results_has_the_results_numbers():
             assert shown.get("paper's difference", "") == ("" if gap is None else f"{gap:+.1f}")
         seen[name] = json.loads((ROOT / "results" / f"{name}.json").read_text())["seeds"]
     everything = [json.loads(file.read_text()) for file in (ROOT / "results").glob("*.json")]
-    scores = {page["name"] for page in everything if "avg@8" in page.get("unit", "")} - {"figure5"}  # the README has figure5
+    scores = {page["name"] for page in everything if "avg@8" in page.get("unit", "")} - {"figure5", "map"}  # figure5 is a picture, the map has a test
     assert scores == set(seen)
     text = (ROOT / "docs" / "results.md").read_text()
     parts = {part.splitlines()[0].split(", ")[-1]: part for part in re.split(r"^## ", text, flags=re.M) if "### [" in part}
-    assert all(f"### [{name}]" in parts[{10: "ten seeds", 6: "six seeds", 3: "three seeds"}[seeds]] for name, seeds in seen.items())
+    assert all(f"### [{name}]" in parts[{10: "ten seeds", 6: "six seeds", 5: "five seeds", 4: "four seeds", 3: "three seeds"}[seeds]] for name, seeds in seen.items())
 
 
 def number(name, label, scale=1, form=".1f"):
@@ -249,6 +249,20 @@ def difference(name, label):
     """A row's difference to the one it is compared with, and half of its interval, as text."""
     cell = result(name)[label]
     return f"{cell['difference']:+.1f} +- {cell['difference_half']:.1f}"
+
+
+def test_the_map_is_that_of_results():
+    """A row for each cell: DAPO's score, and the differences of TAS, TGF and VPPO to it, bold where an interval leaves 0 out."""
+    cells = result("map")
+    part = (ROOT / "docs" / "results.md").read_text().split("| DAPO, % | TAS | TGF | VPPO |\n")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines()[1:]]
+    assert [name for name, *_ in rows] == list(dict.fromkeys(label.split(": ")[0] for label in cells))
+    for name, dapo, *others in rows:
+        assert dapo == f"{cells[f'{name}: DAPO']['mean']:.1f} +- {cells[f'{name}: DAPO']['half']:.1f}"
+        for method, shown in zip(("TAS", "TGF", "VPPO"), others, strict=True):
+            mean, half = (cells[f"{name}: {method}"][key] for key in ("difference", "difference_half"))
+            bold = "**" * (abs(mean) > half)
+            assert shown == f"{bold}{mean:+.1f} +- {half:.1f}{bold}"
 
 
 def test_signal_by_regime_is_that_of_the_forecasts():
@@ -268,6 +282,9 @@ def test_sentences_have_the_results_numbers():
     assert f"{vppo_} % of held-out answers, DAPO at {dapo} %" in readme
     assert f"{vppo_} % of held-out answers are right with VPPO and {dapo} % with DAPO" in results
     assert f"A VPPO that keeps them gains {difference('first_words', 'VPPO with first words')}" in readme
+    rho, low, high = json.loads((ROOT / "results" / "forecast_validation.json").read_text())["correlation"]
+    forecast = re.sub(r"\s+", " ", (ROOT / "docs" / "forecast.md").read_text())
+    assert f"measured difference is {rho:.2f}, with a 95 % interval from {low:.2f} to {high:.2f}" in forecast
     cell = result("figure5")["VPPO"]
     ends = [cell["difference"] + sign * cell["difference_half"] for sign in (-1, 1)]
     assert f"{cell['difference']:.1f}, with a 95 % interval from {ends[0]:.1f} to {ends[1]:.1f}" in results
@@ -279,6 +296,14 @@ def test_sentences_have_the_results_numbers():
         ("first_words", "DAPO without first words", "DAPO without their gradient ends {} points from DAPO"),
         ("first_words", "VPPO with first words", "VPPO gains {} points"),
         ("first_words", "TGF with first words", "For the filter alone the gain is {}"),
+        ("failures", "right: DAPO without first words", "With 4 prompts a step it is the same: {} points"),
+        ("map", "scenes-honest: VPPO", "Where the base policy never guesses no difference is seen: {} points"),
+        ("map", "scenes-verbose-honest: VPPO", "{} in verbose responses."),
+        ("map", "scenes: VPPO", "From those of the picture it is {}, and "),
+        ("map", "scenes-verbose: VPPO", ", and {} in verbose responses."),
+        ("dilution", "TGF by threshold", "{} points if only tokens with S > 0.05 are kept"),
+        ("dilution", "TGF by mass", "{} if the fewest with 95 % of a response's S are"),
+        ("dilution", "TGF without noise", "{} if fillers of high entropy are left out"),
         ("failures", "reads nothing: VPPO", "These differ from DAPO's by {} and "),
         ("failures", "misread: VPPO", " and {}, so VPPO is not shown to read better"),
         ("failures", "right: VPPO", "VPPO ends {} from DAPO"),
