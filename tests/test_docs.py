@@ -237,7 +237,7 @@ def test_docs_results_has_the_results_numbers():
     assert scores == set(seen)
     text = (ROOT / "docs" / "results.md").read_text()
     parts = {part.splitlines()[0].split(", ")[-1]: part for part in re.split(r"^## ", text, flags=re.M) if "### [" in part}
-    assert all(f"### [{name}]" in parts[{10: "ten seeds", 6: "six seeds", 5: "five seeds", 4: "four seeds", 3: "three seeds"}[seeds]] for name, seeds in seen.items())
+    assert all(f"### [{name}]" in parts[{10: "ten seeds", 6: "six seeds", 3: "three seeds"}[seeds]] for name, seeds in seen.items())
 
 
 def number(name, label, scale=1, form=".1f"):
@@ -297,7 +297,7 @@ def test_sentences_have_the_results_numbers():
         ("first_words", "VPPO with first words", "VPPO gains {} points"),
         ("first_words", "TGF with first words", "For the filter alone the gain is {}"),
         ("failures", "right: DAPO without first words", "With 4 prompts a step it is the same: {} points"),
-        ("map", "scenes-honest: VPPO", "Where the base policy never guesses no difference is seen: {} points"),
+        ("map", "scenes-honest: VPPO", "Where the base policy never guesses nothing is decided: {} points"),
         ("map", "scenes-verbose-honest: VPPO", "{} in verbose responses."),
         ("map", "scenes: VPPO", "From those of the picture it is {}, and "),
         ("map", "scenes-verbose: VPPO", ", and {} in verbose responses."),
