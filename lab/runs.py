@@ -84,7 +84,7 @@ def base_of(model, data, build=False):
     """The checksum of a warmed-up model's weights, which are built if need be; without `build` "" if they are not there."""
     if not build and (model, data) not in tiny.RECIPES:
         return ""
-    file = Path(weights(model, data) if build else Path("runs") / tiny.folder_name(model, data)) / "model.safetensors"
+    file = Path(weights(model, data) if build else ROOT / "runs" / tiny.folder_name(model, data)) / "model.safetensors"
     return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.exists() else ""
 
 
@@ -242,7 +242,7 @@ def by_rule(module):
 # ---------------------------------------------------------------------------------------------------------------------
 def weights(model, data):
     """The folder of the warmed-up model, built if need be."""
-    return tiny.ensure(model=model, data=data)[0] if model in tiny.NAMES else model
+    return tiny.ensure(ROOT / "runs", model=model, data=data)[0] if model in tiny.NAMES else model
 
 
 def start(cfg):
