@@ -7,6 +7,7 @@
 
 A run is a process on one core, as many at a time as there are cores (lab/runs.py). Its record is kept when it ends, so that
 a run several tables need is made once and stopping loses only the runs under way: the same command goes on from there.
+In some tables a comparison that is open gets more seeds, three at a time and twelve at most (GROWING).
 Held-out handwriting is used once, at the end of a run; the curve is on validation data.
 """
 

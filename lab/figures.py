@@ -30,7 +30,7 @@ T975 = (
     2.101,
     2.093,
 )
-STYLES = [("#000000", "-"), ("#d55e00", "--"), ("#56b4e9", "-."), ("#009e73", ":"), ("#cc79a7", "--")]  # apart in grey print, too
+STYLES = [("#000000", "-"), ("#d55e00", "--"), ("#56b4e9", "-."), ("#009e73", ":")]  # apart in grey print, too
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def against(figure, result, records):
         mine = [cell for cell in cells if cell["label"].split(": ")[-1] == name]
         y = [places.index(cell["label"].split(": ")[0]) + 0.2 * (number - (len(methods) - 1) / 2) for cell in mine]
         axes.errorbar([cell["difference"] for cell in mine], y, xerr=[cell["difference_half"] or 0 for cell in mine],
-                      fmt="osD^v"[number % 5], color=STYLES[number % 5][0], capsize=3, label=name)  # fmt: skip
+                      fmt="osD^"[number % 4], color=STYLES[number % 4][0], capsize=3, label=name)  # fmt: skip
     axes.set_yticks(range(len(places)), places)
     axes.set_ylim(len(places) - 0.5, -0.5)
     axes.set_xlabel(f"{result['unit']}: difference to DAPO, 95 % interval over {result['seeds']} seed(s)")

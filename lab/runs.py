@@ -276,11 +276,11 @@ def train(cfg, **own):
     task = tiny.task_of(cfg.data)
     blind = [not any(map(task.is_reading, text.split())) for answer in answers for text in answer["responses"]]
     wrong = [(text, test_data[a["number"]]) for a in answers for text, reward in zip(a["responses"], a["rewards"]) if not reward]
-    failed = [task.failure(*one) for one in wrong] if task is scenes else []
+    failed = [task.failure(*one) for one in wrong] if task is scenes else None  # in digits this cannot be told
     return {
         "curve": curve, "test": scores["avg"], "test_ci": scores["avg_ci"], "metrics": metrics,
         "blind": rounded(sum(blind) / len(blind)),  # share of held-out responses that name no digit
-        "failures": {why: rounded(failed.count(why) / len(blind)) for why in scenes.FAILURES if failed},  # shares of all responses
+        "failures": {why: rounded(failed.count(why) / len(blind)) for why in scenes.FAILURES if failed is not None},  # shares of all responses
         "right": [int(sum(answer["rewards"])) for answer in answers],  # of eval_samples, prompt by prompt
         "samples": [{"problem": a["problem"], "answer": a["answer"], "response": a["responses"][0]} for a in answers[:3]],
     }  # fmt: skip

@@ -140,7 +140,8 @@ def failure(response, example):
     """Why a wrong response is wrong, one of FAILURES: in scenes this can be told from what it says.
 
     "reads nothing": no digit is named. "broken form": there is no answer, or the reading names other rows than the scene has, or
-    another number of digits in one. "miscomputed": the answer does not follow from the digits as they were read. "misread": it does.
+    another number of digits in one. "miscomputed": the answer does not follow from the digits as they were read, which may be wrong, too.
+    "misread": it does follow, so a digit is wrong.
     """
     words = response.split()
     if not any(map(is_reading, words)):

@@ -302,8 +302,8 @@ def test_sentences_have_the_results_numbers():
         ("map", "scenes: VPPO", "From those of the picture it is {}, and "),
         ("map", "scenes-verbose: VPPO", ", and {} in verbose responses."),
         ("dilution", "TGF by threshold", "{} points if only tokens with S > 0.05 are kept"),
-        ("dilution", "TGF by mass", "{} if the fewest with 95 % of a response's S are"),
-        ("dilution", "TGF without noise", "{} if fillers of high entropy are left out"),
+        ("dilution", "TGF by mass", "{} if the fewest tokens are kept that hold 95 % of a response's S"),
+        ("dilution", "TGF without noise", "{} if uncertain tokens of small S are left out"),
         ("failures", "reads nothing: VPPO", "These differ from DAPO's by {} and "),
         ("failures", "misread: VPPO", " and {}, so VPPO is not shown to read better"),
         ("failures", "right: VPPO", "VPPO ends {} from DAPO"),
@@ -327,6 +327,10 @@ def test_sentences_have_the_results_numbers():
     assert f"With VPPO they fall to {of('reads nothing: VPPO')} % and {of('misread: VPPO')} %" in results
     wrong = [of(f"miscomputed: {name}") for name in ("DAPO", "VPPO", "base")]
     assert f"{wrong[0]} % of DAPO's responses are miscomputed, and of VPPO's {wrong[1]} %. In the base it is {wrong[2]} %" in results
+    cells = result("failures")
+    whole = {name: 100 - cells[f"right: {name}"]["blind"] - cells[f"broken form: {name}"]["mean"] for name in ("base", "DAPO")}
+    parts = {name: f"{100 * cells[f'miscomputed: {name}']['mean'] / share:.0f} %" for name, share in whole.items()}
+    assert f"it is {parts['base']} in the base and {parts['DAPO']} with DAPO, so it does not fall" in results
     without = [of(f"{why}: DAPO without first words") for why in ("misread", "reads nothing")]
     assert f"{without[0]} % are misread, and {without[1]} % name no digit" in results
     kept = [number("figure7", f"kept, {kind}", scale=100, form=".0f") for kind in ("digits read", "fillers")]
