@@ -45,6 +45,8 @@ def test_first_words_end_at_the_first_reading():
     ("tgf_mass", rows([0, 1, 0, 1, 0], [1, 1, 1, 0, 0])),  # 2.7 of 2.76; 0.003 and 0.002 of 0.006 are below 95 %
     ("tgf_without_noise", rows([0, 1, 0, 1, 0], [0, 1, 0, 0, 0])),  # the guess's third token is open, and not because of the image
     ("look_and_decide", rows([1, 1, 0, 1, 0], [1, 1, 1, 0, 0])),
+    ("tgf_half", rows([0.5, 1, 0.5, 1, 0.5], [0.5, 1, 1, 0, 0])),
+    ("blame_looks", rows([1, 1, 1, 1, 1], [0, 0, 0, 0, 0])),  # the right one in all words; the wrong one looked nowhere
     ("entropy_80_20", rows([1, 0, 0, 0, 0], [1, 0, 0, 0, 0])),  # 0.8 quantile of 8 entropies: 0.96
 ])  # fmt: skip
 def test_which_tokens_a_rule_keeps(name, kept):
