@@ -156,7 +156,7 @@ def test_a_rule_of_your_own_gets_its_row(tiny_folder, tmp_path, monkeypatch, cap
     monkeypatch.setattr(benchmark, "REGIMES", ["digits"])
     benchmark.main([str(file), "--quick", "--jobs", "1", "--output", str(tmp_path)])
     out = capsys.readouterr().out
-    assert "3 runs, 3 to do" in out and "| rule | digits |" in out and "| mine | " in out and "+- ?" in out
+    assert "3 runs, 3 to do" in out and "| rule |   | digits |" in out and "| mine | to VPPO | " in out and "+- ?" in out
     records = [json.loads(record.read_text()) for record in (tmp_path / "runs").iterdir()]
     (mine,) = (record for record in records if "rule" in record["identity"])
     assert mine["identity"]["rule"] == runs.code_of(file) and len(mine["metrics"]["reward"]) == 2
