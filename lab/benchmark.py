@@ -150,7 +150,7 @@ def write_table(folder):
     start, mark, end = "<!-- table -->", "<!-- end of table -->", TABLE.read_text()
     head, tail = end.split(start)[0], end.split(mark)[1]
     TABLE.write_text(f"{head}{start}\n{grid(rules, references)}{mark}{tail}")
-    print(f"{len(rules)} rules written to {TABLE.relative_to(runs.ROOT)}")
+    print(f"{len(rules)} rules written to {TABLE.name}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import train
 import vppo
 from config import Config
 from data import Example
+from lab import benchmark
 
 ROOT = Path(vppo.__file__).parent
 TRACKED = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"]
@@ -274,6 +275,15 @@ def test_signal_by_regime_is_that_of_the_forecasts():
         triples = [measured[kind][key] for kind, key in
                    (("first words", "alignment"), ("fillers", "alignment"), ("fillers", "variance"), ("TGF", "progress"))]  # fmt: skip
         assert cells == [f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in triples]
+
+
+def test_the_benchmarks_table_is_what_its_command_writes(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "benchmark.md").read_text()
+    page = tmp_path / "benchmark.md"
+    page.write_text(re.sub("(?s)(<!-- table -->).*(<!-- end of table -->)", r"\1\2", text))
+    monkeypatch.setattr(benchmark, "TABLE", page)
+    benchmark.write_table(ROOT / "results" / "runs")
+    assert page.read_text() == text
 
 
 def test_sentences_have_the_results_numbers():
