@@ -56,6 +56,12 @@ def test_which_tokens_a_rule_keeps(name, kept):
         assert torch.allclose(advantages, A, atol=1e-5)
 
 
+def test_the_control_keeps_as_many_tokens_as_tgf():
+    kept = torch.stack([applied("random_tokens")[1] for _ in range(50)])
+    assert (kept.sum(-1) == 2).all() and not (kept[:, ~MASK]).any()
+    assert (kept.mean(0)[MASK] > 0.1).all()  # each token has its chance, 2 in 5 and 2 in 3
+
+
 @pytest.mark.parametrize("name", ["vppo_first_words", "vppo_soft"])
 def test_rules_of_vppo_have_its_advantages(name):
     alpha = loss.shaping_factors(loss.masked_mean(S, MASK))  # n = 1, 0 with mean 1/2: alpha = 1.1, 0.9
