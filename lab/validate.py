@@ -3,12 +3,16 @@
     python -m lab.forecast --model tiny --data scenes --kinds --output results/forecast-scenes      and so on, once a regime;
                                                                      the verbose ones with --max_new_tokens 96
     python -m lab.experiments map                                    the runs that it is compared with
+    python -m lab.benchmark lab/rules/entropy_80_20.py               and those of 80/20; of random_tokens.py, too
     python -m lab.validate                                           results/forecast_validation.md and .json
 
-A point is a method (TAS, TGF, VPPO) in a cell of the map. Its forecast is the progress of a step relative to DAPO's, from the gradients of
-the untrained policy. Its measured value is the difference to DAPO in held-out avg@8, paired by seed. If the forecast predicts, points with
-a larger forecast have a larger difference: a rank correlation (Spearman's) above 0. Its interval is a bootstrap: points are drawn again
-and, for each, a forecast and a difference within their own uncertainty. Only seeds whose runs are there count, at least two for a point.
+A point is a method in a cell of the map. Its forecast is the progress of a step relative to DAPO's, from the gradients of the untrained
+policy. Its measured value is the difference to DAPO in held-out avg@8, paired by seed. If the forecast predicts, points with a larger
+forecast have a larger difference: a rank correlation (Spearman's) above 0. Its interval is a bootstrap: points are drawn again and, for
+each, a forecast and a difference within their own uncertainty. Only seeds whose runs are there count, at least two for a point.
+
+TAS, TGF and VPPO differ little from DAPO. 80/20 and random filtering are the other methods that lab.forecast knows. They run in the four
+regimes, as rules of the benchmark. (80/20 ranks entropy over the batch there, and within a response in the forecast.)
 """
 
 import json
@@ -21,9 +25,11 @@ import numpy as np
 
 from config import Config, command_line, option
 from lab import figures, runs
-from lab.experiments import CELLS, Flags, method, settings_of
+from lab.experiments import CELLS, Flags, by_rule, method, settings_of
 
-METHODS = {"TAS": "tas", "TGF": "tgf", "VPPO": "vppo"}
+PARTS = {"TAS": method("tas"), "TGF": method("tgf"), "VPPO": method("vppo")}
+RULES = {"80/20": by_rule("entropy_80_20"), "random": by_rule("random_tokens")}
+METHODS = PARTS | {name: settings | {"eval_every": 0} for name, settings in RULES.items()}  # as lab.benchmark runs them
 DRAWS = 10_000
 
 
@@ -51,18 +57,20 @@ def points(folder, seeds):
         file = folder / f"forecast-{cell['data']}" / "forecast.json"
         if not file.exists():
             continue
-        rows, b = json.loads(file.read_text())["rows"], cell.get("prompts_per_step", Config.prompts_per_step)
-        for label, key in METHODS.items():
+        record, b = json.loads(file.read_text()), cell.get("prompts_per_step", Config.prompts_per_step)
+        rows, as_made = record["rows"], b == record["facts"]["prompts_per_step"]
+        for label, settings in METHODS.items():
             pairs = []
             for seed in range(seeds):
-                both = {m: [settings_of(method(m, **cell), seed, Flags(output=str(folder)))] for m in ("dapo", key)}
+                both = {m: [settings_of(words | cell, seed, Flags(output=str(folder)))] for m, words in (("dapo", method("dapo")), (label, settings))}
                 both = runs.with_base(both, folder / "runs")
                 pairs.append([runs.find(settings, folder / "runs") for (settings,) in both.values()])
             differences = [100 * (mine["test"] - dapo["test"]) for dapo, mine in pairs if dapo and mine]
-            if len(differences) > 1 and rows[label]["cosine"][0] is not None:
-                low, high = rows[label]["progress"][1:]
-                found.append({"cell": name, "method": label, "b": b, "forecast": progress(rows[label], rows["DAPO"], b),
-                              "forecast_half": (high - low) / 2, "differences": differences})  # fmt: skip
+            if len(differences) > 1:
+                made, low, high = rows[label]["progress"]
+                forecast = made if as_made else progress(rows[label], rows["DAPO"], b)
+                found.append({"cell": name, "method": label, "b": b, "forecast": forecast, "forecast_half": (high - low) / 2,
+                              "differences": differences})  # fmt: skip
     return found
 
 
@@ -88,14 +96,20 @@ def correlation(found):
 
 def report(found, command):
     """The page."""
-    rho = correlation(found)
     rows = []
     for p in found:
         mean, half = figures.interval(p["differences"])
         forecast = f"{p['forecast']:.2f} +- {p['forecast_half']:.2f}"
         rows.append([p["cell"], p["method"], str(p["b"]), forecast, f"{mean:+.1f} +- {half:.1f}", str(len(p["differences"]))])
     head = ["cell", "method", "groups a step", "forecast progress / DAPO's", "measured, points of avg@8", "seeds"]
-    right = sum((p["forecast"] > 1) == (statistics.mean(p["differences"]) > 0) for p in found)
+    lines = []
+    for names, some in ((", ".join(PARTS), parts(found)), ("all methods", found)):
+        rho, low, high = correlation(some)
+        right = sum((p["forecast"] > 1) == (statistics.mean(p["differences"]) > 0) for p in some)
+        lines.append(
+            f"* {names}: rank correlation over {len(some)} points {rho:.2f}, 95 % interval {low:.2f} to {high:.2f}. The forecast and the mean "
+            f"difference are on the same side, faster and better or slower and worse, in {right} of {len(some)} points."
+        )
     return f"""# Did the forecast come true?
 
     {command}
@@ -103,9 +117,13 @@ def report(found, command):
 Forecast before training against the measured difference to DAPO, paired by seed, both with 95 % intervals.
 
 {figures.grid(head, rows)}
-Rank correlation over {len(found)} points: {rho[0]:.2f}, 95 % interval {rho[1]:.2f} to {rho[2]:.2f}. \
-The forecast and the mean difference are on the same side, faster and better or slower and worse, in {right} of {len(found)} points.
+{chr(10).join(lines)}
 """
+
+
+def parts(found):
+    """The points of TAS, TGF and VPPO."""
+    return [point for point in found if point["method"] in PARTS]
 
 
 def main(argv=None):
@@ -113,12 +131,13 @@ def main(argv=None):
     flags = ValidateConfig(**vars(command_line(ValidateConfig, __doc__).parse_args(argv)))
     folder = Path(flags.output) if flags.output else runs.ROOT / "results"
     found = points(folder, flags.seeds)
-    if len(found) < 4:
-        raise ValueError(f"{folder} has forecast and runs for {len(found)} points, and 4 are the least: --help names the commands that make them")
+    if len(parts(found)) < 4:
+        words = f"{len(parts(found))} points of {', '.join(PARTS)}, and 4 are the least"
+        raise ValueError(f"{folder} has forecast and runs for {words}: --help names the commands that make them")
     words = [] if flags.seeds == ValidateConfig.seeds else ["--seeds", str(flags.seeds)]
     text = report(found, " ".join(["python -m lab.validate", *words]))
     (folder / "forecast_validation.md").write_text(text)
-    (folder / "forecast_validation.json").write_text(json.dumps({"points": found, "correlation": correlation(found)}, indent=1) + "\n")
+    (folder / "forecast_validation.json").write_text(json.dumps({"points": found, "correlation": correlation(parts(found)), "of all": correlation(found)}, indent=1) + "\n")
     print(text)
 
 

@@ -403,9 +403,9 @@ def planted(folder, gains):
     """Forecasts and records of two cells and three methods, in which a method gains gains[method] points at every seed, give or take one."""
     for data in ("scenes", "scenes-honest"):
         rows = {name: {"cosine": [c], "signal / noise": [0.1], "progress": [c, c - 0.01, c + 0.01]}
-                for name, c in (("DAPO", 1.0), ("TAS", 0.7), ("TGF", 0.9), ("VPPO", 1.1))}  # fmt: skip
+                for name, c in (("DAPO", 1.0), ("TAS", 0.7), ("TGF", 0.9), ("VPPO", 1.1), ("80/20", 0.2), ("random", 0.3))}  # fmt: skip
         (folder / f"forecast-{data}").mkdir()
-        (folder / f"forecast-{data}" / "forecast.json").write_text(json.dumps({"rows": rows}))
+        (folder / f"forecast-{data}" / "forecast.json").write_text(json.dumps({"rows": rows, "facts": {"prompts_per_step": 16}}))
         for name, gain in gains.items():
             for seed in range(3):
                 settings = settings_of(method(name, **CELLS[data]), seed, ExperimentFlags()) | {"base": "planted"}
@@ -422,7 +422,7 @@ def test_the_forecast_is_compared_with_the_runs(gains, expected, tmp_path, capsy
     rho, low, high = result["correlation"]
     assert len(result["points"]) == 6 and all(len(point["differences"]) == 3 for point in result["points"])
     assert rho == pytest.approx(expected) and low <= rho <= high and (low > 0) == (expected > 0)
-    assert "Rank correlation over 6 points" in capsys.readouterr().out
+    assert "TAS, TGF, VPPO: rank correlation over 6 points" in capsys.readouterr().out
 
 
 def test_a_validation_without_runs_is_one_sentence(tmp_path):
