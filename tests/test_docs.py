@@ -23,7 +23,7 @@ import train
 import vppo
 from config import Config
 from data import Example
-from lab import benchmark
+from lab import benchmark, experiments, runs
 
 ROOT = Path(vppo.__file__).parent
 TRACKED = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"]
@@ -284,6 +284,35 @@ def test_the_benchmarks_table_is_what_its_command_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "TABLE", page)
     benchmark.write_table(ROOT / "results" / "runs")
     assert page.read_text() == text
+
+
+def test_the_benchmarks_sentences_have_its_numbers():
+    text = (ROOT / "docs" / "benchmark.md").read_text()
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    cells = {(re.sub(r"\[(.*)\].*", r"\1", name), to[3:], regime): cell
+             for name, to, *row in rows for regime, cell in zip(head[2:], row)}  # fmt: skip
+    pages = [re.sub(r"\s+", " ", page) for page in (text, (ROOT / "docs" / "results.md").read_text())]
+    winners = {rule for (rule, to, _), cell in cells.items() if to == "DAPO" and cell.startswith("**+")}
+    losers = {rule: sum(cells[rule, "DAPO", regime].startswith("**-") for regime in head[2:]) for rule, *_ in cells if rule != "DAPO"}
+    assert winners == {"papo"} and losers["pgpo"] == 3 and losers["entropy_80_20"] == 4
+    assert losers["blame_looks"] == losers["vppo_soft"] == 0
+    for place, sentence, *of in [
+        (0, "beat DAPO**, by {} points on scenes and {} on scenes-verbose-honest", "papo", "DAPO", "scenes", "scenes-verbose-honest"),
+        (1, "It is PAPO, by {} and {} points", "papo", "DAPO", "scenes", "scenes-verbose-honest"),
+        (0, "It ends {} and {} points from DAPO in the verbose regimes", "entropy_80_20", "DAPO", "scenes-verbose", "scenes-verbose-honest"),
+        (0, "filter on scenes**, by {} points (vppo_soft)", "vppo_soft", "VPPO", "scenes"),
+    ]:
+        rule, to, *regimes = of
+        assert sentence.format(*(cells[rule, to, regime].strip("*") for regime in regimes)) in pages[place], sentence
+
+
+def test_the_dilution_rules_keep_the_share_that_results_says():
+    flags = experiments.Flags(output=str(ROOT / "results"))
+    records = {name: [runs.find(one, ROOT / "results" / "runs") for one in row] for name, row in experiments.runs_of("dilution", flags).items()}
+    shares = {name: 100 * np.mean([record["metrics"]["gradient_tokens"] for record in row]) for name, row in records.items()}
+    threshold, mass, noise, tgf = (f"{shares[f'TGF{rule}']:.0f} %" for rule in (" by threshold", " by mass", " without noise", ""))
+    text = re.sub(r"\s+", " ", (ROOT / "docs" / "results.md").read_text())
+    assert f"({threshold} of all, where TGF keeps {tgf})" in text and f"a response's S ({mass})" in text and f"fillers ({noise} are kept)" in text
 
 
 def test_sentences_have_the_results_numbers():
