@@ -23,7 +23,7 @@ import train
 import vppo
 from config import Config
 from data import Example
-from lab import benchmark, experiments, runs
+from lab import benchmark, experiments, figures, runs
 
 ROOT = Path(vppo.__file__).parent
 TRACKED = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"]
@@ -321,9 +321,19 @@ def test_sentences_have_the_results_numbers():
     assert f"{vppo_} % of held-out answers, DAPO at {dapo} %" in readme
     assert f"{vppo_} % of held-out answers are right with VPPO and {dapo} % with DAPO" in results
     assert f"A VPPO that keeps them gains {difference('first_words', 'VPPO with first words')}" in readme
-    rho, low, high = json.loads((ROOT / "results" / "forecast_validation.json").read_text())["correlation"]
+    validation = json.loads((ROOT / "results" / "forecast_validation.json").read_text())
+    rho, low, high = validation["correlation"]
     forecast = re.sub(r"\s+", " ", (ROOT / "docs" / "forecast.md").read_text())
     assert f"measured difference is {rho:.2f}, with a 95 % interval from {low:.2f} to {high:.2f}" in forecast
+    rho, low, high = validation["of all"]
+    assert f"rank correlation is {rho:.2f}, with an interval from {low:.2f} to {high:.2f}, over {len(validation['points'])} points" in forecast
+    few = [point for point in validation["points"] if point["method"] == "80/20"]
+    words = [f"{point['forecast']:.2f}" for point in few], ["{:+.1f} +- {:.1f}".format(*figures.interval(point["differences"])) for point in few]
+    made = json.loads((ROOT / "results" / "forecast-scenes-verbose-honest" / "forecast.json").read_text())["rows"]["80/20"]["progress"]
+    assert "80/20 is predicted to progress {:.2f} times as far as DAPO, from {:.2f} to {:.2f}".format(*made) in forecast
+    assert f"It ends {words[1][3]} points from DAPO" in forecast
+    assert f"its forecasts are {words[0][0]}, {words[0][1]} and {words[0][2]}," in forecast
+    assert f"Measured are {words[1][0]}, {words[1][1]} and {words[1][2]} points, in the same order" in forecast
     cell = result("figure5")["VPPO"]
     ends = [cell["difference"] + sign * cell["difference_half"] for sign in (-1, 1)]
     assert f"{cell['difference']:.1f}, with a 95 % interval from {ends[0]:.1f} to {ends[1]:.1f}" in results
