@@ -338,6 +338,12 @@ def test_sentences_have_the_results_numbers():
     assert f"It ends {words[1][3]} points from DAPO" in forecast
     assert f"its forecasts are {words[0][0]}, {words[0][1]} and {words[0][2]}," in forecast
     assert f"Measured are {words[1][0]}, {words[1][1]} and {words[1][2]} points, in the same order" in forecast
+    (random,) = (point for point in validation["points"] if point["method"] == "random")
+    made = json.loads((ROOT / "results" / "forecast-scenes" / "forecast.json").read_text())["rows"]["random"]["progress"]
+    gap, tgf = "{:+.1f} +- {:.1f}".format(*figures.interval(random["differences"])), difference("map", "scenes: TGF")
+    assert "The forecast is {:.2f}, from {:.2f} to {:.2f}, and measured are".format(*made) + f" {gap} points" in forecast
+    assert f"TGF keeps as many tokens and ends {tgf} points from DAPO" in forecast
+    assert f"TGF ends {tgf} points from DAPO. With as many random tokens it is {gap}" in results
     cell = result("figure5")["VPPO"]
     ends = [cell["difference"] + sign * cell["difference_half"] for sign in (-1, 1)]
     assert f"{cell['difference']:.1f}, with a 95 % interval from {ends[0]:.1f} to {ends[1]:.1f}" in results
