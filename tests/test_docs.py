@@ -298,10 +298,10 @@ def test_the_benchmarks_sentences_have_its_numbers():
     assert losers["blame_looks"] == losers["vppo_soft"] == losers["vppo_first_words"] == 0
     for place, sentence, *of in [
         (0, "beat DAPO**, by {} points on scenes and {} on scenes-verbose-honest", "papo", "DAPO", "scenes", "scenes-verbose-honest"),
-        (1, "It is PAPO, by {} and {} points", "papo", "DAPO", "scenes", "scenes-verbose-honest"),
+        (1, "The gains are {} and {} points", "papo", "DAPO", "scenes", "scenes-verbose-honest"),
         (0, "It ends {} and {} points from DAPO in the verbose regimes", "entropy_80_20", "DAPO", "scenes-verbose", "scenes-verbose-honest"),
-        (0, "filter on scenes**, by {} points (vppo_soft)", "vppo_soft", "VPPO", "scenes"),
-        (0, "guess**, by {} and {} points (vppo_first_words)", "vppo_first_words", "VPPO", "scenes", "scenes-verbose"),
+        (0, "than VPPO on scenes**, by {} points (vppo_soft)", "vppo_soft", "VPPO", "scenes"),
+        (0, "guess**, by {} and {} points to VPPO (vppo_first_words)", "vppo_first_words", "VPPO", "scenes", "scenes-verbose"),
         (1, "better in both regimes with guesses, by {} and {} points", "vppo_first_words", "VPPO", "scenes", "scenes-verbose"),
         (1, "VPPO with first words gains {} points. Where the policy never", "vppo_first_words", "VPPO", "scenes-verbose"),
         (1, "the gain is {} and, in verbose responses, {}, so", "vppo_first_words", "VPPO", "scenes-honest", "scenes-verbose-honest"),
