@@ -1,6 +1,6 @@
 """A benchmark for credit rules: what does a rule do, beside DAPO and VPPO, in the four regimes of the scenes task?
 
-    python -m lab.benchmark my_rule.py              24 runs, some 20 minutes on 2 cores; the first rule an hour
+    python -m lab.benchmark my_rule.py              24 runs, 20 to 22 minutes on 2 cores; the first rule an hour
     python -m lab.benchmark lab/rules/papo.py       a rule that is here already
     python -m lab.benchmark --table                 docs/benchmark.md from all rules in lab/rules and their records
     python -m lab.benchmark my_rule.py --quick      one seed, two steps: does it run?
@@ -65,6 +65,11 @@ def rehearse(module):
     runs.apply_rule(module, rollout, dependency, entropy, (torch.arange(16) % 3 == 0).float())
 
 
+def scores(records):
+    """Held-out avg@8 of each record, in %."""
+    return [100 * record["test"] for record in records]
+
+
 def words(mean, half, sign=""):
     """12.3 +- 1.2, in bold if it is a difference, which has a sign, and its interval does not contain 0."""
     text = f"{mean:{sign}.1f} +- {'?' if half is None else f'{half:.1f}'}"
@@ -74,11 +79,6 @@ def words(mean, half, sign=""):
 def differences(records, reference):
     """A cell for each regime of {regime: [a record per seed]}: its difference to that of the reference, paired by seed."""
     return [words(*figures.difference(scores(mine), scores(reference[regime])), "+") for regime, mine in records.items()]
-
-
-def scores(records):
-    """Held-out avg@8 of each record, in %."""
-    return [100 * record["test"] for record in records]
 
 
 def grid(rules, references):

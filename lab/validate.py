@@ -58,7 +58,7 @@ def points(folder, seeds):
         if not file.exists():
             continue
         record, b = json.loads(file.read_text()), cell.get("prompts_per_step", Config.prompts_per_step)
-        rows, as_made = record["rows"], b == record["facts"]["prompts_per_step"]
+        rows, as_made = record["rows"], b == record["facts"]["prompts_per_step"]  # at another b, progress is computed anew
         for label, settings in METHODS.items():
             pairs = []
             for seed in range(seeds):
@@ -94,6 +94,11 @@ def correlation(found):
     return spearman(forecast, mean), *(float(end) for end in np.quantile(drawn, [0.025, 0.975]))
 
 
+def parts(found):
+    """The points of TAS, TGF and VPPO."""
+    return [point for point in found if point["method"] in PARTS]
+
+
 def report(found, command):
     """The page."""
     rows = []
@@ -102,14 +107,15 @@ def report(found, command):
         forecast = f"{p['forecast']:.2f} +- {p['forecast_half']:.2f}"
         rows.append([p["cell"], p["method"], str(p["b"]), forecast, f"{mean:+.1f} +- {half:.1f}", str(len(p["differences"]))])
     head = ["cell", "method", "groups a step", "forecast progress / DAPO's", "measured, points of avg@8", "seeds"]
-    lines = []
+    findings = []
     for names, some in ((", ".join(PARTS), parts(found)), ("all methods", found)):
         rho, low, high = correlation(some)
         right = sum((p["forecast"] > 1) == (statistics.mean(p["differences"]) > 0) for p in some)
-        lines.append(
+        findings.append(
             f"* {names}: rank correlation over {len(some)} points {rho:.2f}, 95 % interval {low:.2f} to {high:.2f}. The forecast and the mean "
             f"difference are on the same side, faster and better or slower and worse, in {right} of {len(some)} points."
         )
+    findings = "\n".join(findings)
     return f"""# Did the forecast come true?
 
     {command}
@@ -117,13 +123,8 @@ def report(found, command):
 Forecast before training against the measured difference to DAPO, paired by seed, both with 95 % intervals.
 
 {figures.grid(head, rows)}
-{chr(10).join(lines)}
+{findings}
 """
-
-
-def parts(found):
-    """The points of TAS, TGF and VPPO."""
-    return [point for point in found if point["method"] in PARTS]
 
 
 def main(argv=None):
@@ -137,7 +138,8 @@ def main(argv=None):
     words = [] if flags.seeds == ValidateConfig.seeds else ["--seeds", str(flags.seeds)]
     text = report(found, " ".join(["python -m lab.validate", *words]))
     (folder / "forecast_validation.md").write_text(text)
-    (folder / "forecast_validation.json").write_text(json.dumps({"points": found, "correlation": correlation(parts(found)), "of all": correlation(found)}, indent=1) + "\n")
+    result = {"points": found, "correlation": correlation(parts(found)), "of all": correlation(found)}
+    (folder / "forecast_validation.json").write_text(json.dumps(result, indent=1) + "\n")
     print(text)
 
 
