@@ -160,12 +160,12 @@ def main(argv=None, *, reward=None, mask_image=None, metric=None, credit=None):
 def check_needs(cfg):
     """Fail early where a package or a key is missing, or where the model is no whole one: before data and weights are loaded."""
     check_grader(cfg.grader)
-    for package, flag in [("peft", "--lora_rank" if cfg.lora_rank else ""), (cfg.log, f"--log {cfg.log}" if cfg.log else "")]:
-        if flag and not importlib.util.find_spec(package):
-            raise ImportError(f"{flag} needs: pip install {package}")
     if holds_adapter(cfg.model):
         raise ValueError(f"--model {cfg.model} holds an adapter already, and training starts from a whole model: "
                          "take its folder merged/ (--lora_merge), or go on with its run by --resume")  # fmt: skip
+    for package, flag in [("peft", "--lora_rank" if cfg.lora_rank else ""), (cfg.log, f"--log {cfg.log}" if cfg.log else "")]:
+        if flag and not importlib.util.find_spec(package):
+            raise ImportError(f"{flag} needs: pip install {package}")
     if cfg.log == "wandb" and os.environ.get("RANK", "0") == "0":
         import wandb
 

@@ -70,7 +70,7 @@ def scores(records):
     return [100 * record["test"] for record in records]
 
 
-def words(mean, half, sign=""):
+def table_cell(mean, half, sign=""):
     """12.3 +- 1.2, in bold if it is a difference, which has a sign, and its interval does not contain 0."""
     text = f"{mean:{sign}.1f} +- {'?' if half is None else f'{half:.1f}'}"
     return f"**{text}**" if sign and figures.settled(mean, half) else text
@@ -78,13 +78,13 @@ def words(mean, half, sign=""):
 
 def differences(records, reference):
     """A cell for each regime of {regime: [a record per seed]}: its difference to that of the reference, paired by seed."""
-    return [words(*figures.difference(scores(mine), scores(reference[regime])), "+") for regime, mine in records.items()]
+    return [table_cell(*figures.difference(scores(mine), scores(reference[regime])), "+") for regime, mine in records.items()]
 
 
 def grid(rules, references):
     """The table in Markdown: DAPO's scores, VPPO's differences to them, and those of the rules, {name: {regime: [a record per seed]}}."""
     (first, base), *others = references.items()
-    rows = [[first, "held-out, %", *(words(*figures.interval(scores(mine))) for mine in base.values())]]
+    rows = [[first, "held-out, %", *(table_cell(*figures.interval(scores(mine))) for mine in base.values())]]
     rows += [[name, f"to {first}", *differences(records, base)] for name, records in others]
     rows += [[name, f"to {other}", *differences(records, theirs)] for name, records in rules.items() for other, theirs in references.items()]
     gaps = [cell for row in rows[1:] for cell in row[2:]]
