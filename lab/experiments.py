@@ -107,6 +107,19 @@ def by_rule(name):
     return {"method": "vppo", "rule": f"lab/rules/{name}.py"}
 
 
+def among_fillers(rows):
+    """Rows {label: settings} of a comparison that depends on the regime, in scenes-verbose-honest; each is compared with the first.
+
+    Rules have no validation curve, as in lab.benchmark, whose runs these are.
+    """
+    first, *_ = rows
+    return [
+        (f"verbose-honest: {label}", mine | VERBOSE | {"eval_every": 0} if "rule" in mine else mine | VERBOSE, None,
+         None if label == first else f"verbose-honest: {first}")
+        for label, mine in rows.items()
+    ]  # fmt: skip
+
+
 def mapped(**settings):
     """The rows of the map: DAPO and the parts of VPPO in every cell, each compared with DAPO in the same cell."""
     return [
@@ -185,6 +198,7 @@ TABLES = {
         ("random 0.4", method("tgf", select="random"), 54.8, "dependency 0.4"),
         *((f"entropy {k}", method("tgf", select="entropy", k=k), paper, "dependency 0.4")
           for k, paper in ((0.2, 56.0), (0.4, 55.7), (0.6, 55.8), (0.8, 55.3))),
+        *among_fillers({"dependency 0.4": method("tgf"), "random 0.4": by_rule("random_tokens"), "entropy 0.2": by_rule("entropy_80_20")}),
     ], **GROWING),
     "table5": Table("VPPO on a GRPO base", [
         ("GRPO", method("grpo"), 53.1, None), ("VPPO on GRPO", method("vppo_grpo"), 54.8, "GRPO"),
@@ -192,6 +206,7 @@ TABLES = {
     ], **GROWING),
     "table6": Table("binary or soft token mask", [
         ("binary", method("vppo"), 57.5, None), ("soft", method("vppo", soft=True), 56.2, "binary"),
+        *among_fillers({"binary": method("vppo"), "soft": by_rule("vppo_soft")}),
     ], **GROWING),
     "table7": Table("alpha scales the advantage or the reward", [
         ("advantage", method("vppo"), 57.5, None), ("reward", method("vppo", shape="reward"), 56.8, "advantage"),
@@ -226,6 +241,7 @@ TABLES = {
     "table15": Table("DAPO given VPPO's time", [
         ("VPPO", method("vppo"), 57.5, None), ("DAPO", method("dapo"), 55.0, "VPPO"),
         ("DAPO, same time", method("dapo", steps="same time"), 55.0, "VPPO"),
+        *among_fillers({"VPPO": method("vppo"), "DAPO": method("dapo")}),
     ], **GROWING, note="Same time: more steps by what a VPPO step is dearer in table14 (before that has run: by 9.7 %, as published)."),
     "figure3": Table("S of a token", [
         ("largest S", MEASURE, 10, None), ("share of tokens with S > 0.05", MEASURE, None, None), *per_kind("S"),
