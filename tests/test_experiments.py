@@ -251,25 +251,25 @@ def test_a_killed_run_loses_only_itself(tmp_path):
 # --- end to end ------------------------------------------------------------------------------------------------------
 def test_two_experiments_and_their_records(tiny_folder, tmp_path, monkeypatch, capsys):
     flags = [*QUICK, "--output", str(tmp_path)]
-    experiments.main(["table6", "figure7", *flags])
+    experiments.main(["table7", "figure7", *flags])
     out = capsys.readouterr().out
-    assert "table6: 2 runs, 2 to do" in out and "figure7: 1 runs, 1 to do" in out and "| soft - binary |" in out
-    result = json.loads((tmp_path / "table6-digits.json").read_text())
-    assert [cell["label"] for cell in result["cells"]] == ["binary", "soft"] and (tmp_path / "figure7-digits.md").exists()
+    assert "table7: 2 runs, 2 to do" in out and "figure7: 1 runs, 1 to do" in out and "| reward - advantage |" in out
+    result = json.loads((tmp_path / "table7-digits.json").read_text())
+    assert [cell["label"] for cell in result["cells"]] == ["advantage", "reward"] and (tmp_path / "figure7-digits.md").exists()
     records = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()}
     assert len(records) == 3 and all((tmp_path / "runs" / name).stat().st_size < 40_000 for name in records)
 
     # Again: nothing is run. A table that shares a run: only the rest. A record that is gone: only that one.
     begun = []
     monkeypatch.setattr(experiments, "run_all", lambda todo, *_: begun.append(todo) or [])
-    experiments.main(["table6", *flags])
+    experiments.main(["table7", *flags])
     assert begun == [] and {file.name: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()} == records
-    shared = experiments.distinct([experiments.runs_of("table7", replace(FLAGS, output=str(tmp_path)))], tmp_path / "runs")
-    assert [settings.get("shape") for file, settings in shared.items() if not file.exists()] == ["reward"]
+    shared = experiments.distinct([experiments.runs_of("shaping_mean", replace(FLAGS, output=str(tmp_path)))], tmp_path / "runs")
+    assert [settings.get("variant") for file, settings in shared.items() if not file.exists()] == ["mean of selected"]
     (tmp_path / "runs" / result["records"][0]).unlink()
     monkeypatch.setattr(experiments, "run_all", lambda todo, *_: todo)
     with pytest.raises(ValueError, match="1 of 1 runs failed"):
-        experiments.main(["table6", *flags])
+        experiments.main(["table7", *flags])
 
 
 def test_a_run_is_train_py_s(tiny_folder, tmp_path):
