@@ -158,6 +158,12 @@ def test_tables_are_whole(name):
             assert runs.configure(settings)[0] in runs.KINDS and settings.get("variant", "") in runs.VARIANTS
 
 
+def test_a_comparison_among_fillers():
+    first, second = experiments.among_fillers({"a": {"method": "vppo"}, "b": {"method": "vppo", "rule": "b.py"}})
+    assert first == ("verbose-honest: a", {"method": "vppo", "data": "scenes-verbose-honest"}, None, None)
+    assert second == ("verbose-honest: b", first[1] | {"rule": "b.py", "eval_every": 0}, None, "verbose-honest: a")
+
+
 def test_what_one_core_can_do(capsys):
     experiments.main(["--list", "--data", "digits"])
     lines = capsys.readouterr().out.splitlines()
