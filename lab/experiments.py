@@ -257,6 +257,7 @@ TABLES = {
         ("k = 0.4", method("vppo"), None, None),
         *((f"k = {k}", method("vppo", k=k), "<", "k = 0.4") for k in (0.2, 0.6, 0.8)),
         ("k = 1 (TAS only)", method("tas"), "<", "k = 0.4"),
+        *among_fillers({"k = 0.4": method("vppo"), "k = 1 (TAS only)": method("tas")}),
     ], **GROWING),
     "figure7": Table("share of tokens that the filter keeps, by kind", per_kind("kept"),
                      unit="share", value=measured, picture=figures.tokens),
