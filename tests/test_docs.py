@@ -230,15 +230,20 @@ def test_docs_results_has_the_results_numbers():
                 bold = "**" * (abs(mean) > half)
                 expected = f"to {cell['reference']}: {bold}{mean:+.1f} +- {half:.1f}{bold}"
             assert shown.get("paired difference here", "") == expected
+            pairs = min(len(cells[label]["values"]) for label in (row[0], cell["reference"])) if "reference" in cell else ""
+            assert shown.get("seeds", str(pairs)) == str(pairs)
             gap = cell.get("published_difference")
             assert shown.get("paper's difference", "") == ("" if gap is None else f"{gap:+.1f}")
-        seen[name] = json.loads((ROOT / "results" / f"{name}.json").read_text())["seeds"]
+        page = json.loads((ROOT / "results" / f"{name}.json").read_text())
+        grows = experiments.TABLES[name].most and "--seeds" not in page["command"]
+        seen[name] = "three to twelve seeds" if grows else {10: "ten seeds", 6: "six seeds", 3: "three seeds"}[page["seeds"]]
+        assert ("seeds" in header) == bool(grows), name
     everything = [json.loads(file.read_text()) for file in (ROOT / "results").glob("*.json")]
     scores = {page["name"] for page in everything if "avg@8" in page.get("unit", "")} - {"figure5", "map"}  # figure5 is a picture, the map has a test
     assert scores == set(seen)
     text = (ROOT / "docs" / "results.md").read_text()
     parts = {part.splitlines()[0].split(", ")[-1]: part for part in re.split(r"^## ", text, flags=re.M) if "### [" in part}
-    assert all(f"### [{name}]" in parts[{10: "ten seeds", 6: "six seeds", 3: "three seeds"}[seeds]] for name, seeds in seen.items())
+    assert all(f"### [{name}]" in parts[seeds] for name, seeds in seen.items())
 
 
 def number(name, label, scale=1, form=".1f"):
@@ -294,12 +299,13 @@ def test_the_benchmarks_sentences_have_its_numbers():
     pages = [re.sub(r"\s+", " ", page) for page in (text, (ROOT / "docs" / "results.md").read_text())]
     winners = {rule for (rule, to, _), cell in cells.items() if to == "DAPO" and cell.startswith("**+")}
     losers = {rule: sum(cells[rule, "DAPO", regime].startswith("**-") for regime in head[2:]) for rule, *_ in cells if rule != "DAPO"}
-    assert winners == {"papo"} and losers["pgpo"] == 3 and losers["entropy_80_20"] == 4
+    assert winners == {"papo"} and losers["pgpo"] == 3 and losers["entropy_80_20"] == losers["random_tokens"] == 4
     assert losers["blame_looks"] == losers["vppo_soft"] == losers["vppo_first_words"] == 0
     for place, sentence, *of in [
         (0, "beat DAPO**, by {} points on scenes and {} on scenes-verbose-honest", "papo", "DAPO", "scenes", "scenes-verbose-honest"),
         (1, "The gains are {} and {} points", "papo", "DAPO", "scenes", "scenes-verbose-honest"),
         (0, "It ends {} and {} points from DAPO in the verbose regimes", "entropy_80_20", "DAPO", "scenes-verbose", "scenes-verbose-honest"),
+        (0, "(random_tokens), by {}, {}, {} and {} points to DAPO", "random_tokens", "DAPO", *head[2:]),
         (0, "than VPPO on scenes**, by {} points (vppo_soft)", "vppo_soft", "VPPO", "scenes"),
         (0, "guess**, by {} and {} points to VPPO (vppo_first_words)", "vppo_first_words", "VPPO", "scenes", "scenes-verbose"),
         (1, "better in both regimes with guesses, by {} and {} points", "vppo_first_words", "VPPO", "scenes", "scenes-verbose"),
@@ -338,12 +344,20 @@ def test_sentences_have_the_results_numbers():
     assert f"It ends {words[1][3]} points from DAPO" in forecast
     assert f"its forecasts are {words[0][0]}, {words[0][1]} and {words[0][2]}," in forecast
     assert f"Measured are {words[1][0]}, {words[1][1]} and {words[1][2]} points, in the same order" in forecast
-    (random,) = (point for point in validation["points"] if point["method"] == "random")
-    made = json.loads((ROOT / "results" / "forecast-scenes" / "forecast.json").read_text())["rows"]["random"]["progress"]
-    gap, tgf = "{:+.1f} +- {:.1f}".format(*figures.interval(random["differences"])), difference("map", "scenes: TGF")
-    assert "The forecast is {:.2f}, from {:.2f} to {:.2f}, and measured are".format(*made) + f" {gap} points" in forecast
-    assert f"TGF keeps as many tokens and ends {tgf} points from DAPO" in forecast
-    assert f"TGF ends {tgf} points from DAPO. With as many random tokens it is {gap}" in results
+    random = {point["cell"]: point for point in validation["points"] if point["method"] == "random"}
+    gaps = {cell: "{:+.1f} +- {:.1f}".format(*figures.interval(point["differences"])) for cell, point in random.items()}
+    told, untold = ("scenes", "scenes-verbose-honest"), ("scenes-honest", "scenes-verbose")
+    assert "The forecasts are {:.2f} on scenes and {:.2f} on scenes-verbose-honest".format(*(random[cell]["forecast"] for cell in told)) in forecast
+    assert "they are {:.2f} and {:.2f}, which cannot be told from 1".format(*(random[cell]["forecast"] for cell in untold)) in forecast
+    assert "Measured are {}, {}, {} and {} points".format(*(gaps[cell] for cell in told + untold)) in forecast
+    for cell in random:
+        _, low, high = json.loads((ROOT / "results" / f"forecast-{cell}" / "forecast.json").read_text())["rows"]["random"]["progress"]
+        assert (high < 1) == (cell in told) and low < 1
+    tgf = {cell: result("map")[f"{cell}: TGF"] for cell in random}
+    assert f"more than {-min(cell['difference'] for cell in tgf.values()):.1f} points below DAPO" in forecast
+    means = sorted(figures.interval(point["differences"])[0] for point in random.values())
+    assert f"ends {means[-1]:.1f} to {means[0]:.1f} points from DAPO in the four regimes" in results
+    assert "TGF ends {}, {}, {} and {} from it".format(*(difference("map", f"{cell}: TGF") for cell in random)) in results
     cell = result("figure5")["VPPO"]
     ends = [cell["difference"] + sign * cell["difference_half"] for sign in (-1, 1)]
     assert f"{cell['difference']:.1f}, with a 95 % interval from {ends[0]:.1f} to {ends[1]:.1f}" in results
@@ -357,7 +371,10 @@ def test_sentences_have_the_results_numbers():
         ("first_words", "TGF with first words", "For the filter alone the gain is {}"),
         ("failures", "right: DAPO without first words", "With 4 prompts a step it is the same: {} points"),
         ("map", "scenes-honest: VPPO", "Where the base policy never guesses nothing is decided: {} points"),
-        ("map", "scenes-verbose-honest: VPPO", "{} in verbose responses."),
+        ("map", "scenes-verbose-honest: VPPO", "{} in verbose responses. For these, three more"),
+        ("table15", "verbose-honest: DAPO", "DAPO less VPPO is {} ("),
+        ("table15", "DAPO", "DAPO ends {} points above VPPO"),
+        ("table15", "DAPO, same time", "as much time as VPPO ends {} points above it"),
         ("map", "scenes: VPPO", "From those of the picture it is {}, and "),
         ("map", "scenes-verbose: VPPO", ", and {} in verbose responses."),
         ("dilution", "TGF by threshold", "{} points if only tokens with S > 0.05 are kept"),
@@ -369,6 +386,18 @@ def test_sentences_have_the_results_numbers():
         ("failures", "right: TGF at half", "is no better: {}"),
         ("table10", "0.06, exact", "gives DAPO {} points at 0.06"),
         ("table10", "0.06, sampled", "does nothing** ([table10](../results/table10.md)): {} at 0.06"),
+        ("figure6", "k = 0.6", "With k = 0.6 instead of 0.4 VPPO ends {} points higher"),
+        ("figure6", "k = 1 (TAS only)", "where only the shaping is left, {} ("),
+        ("figure6", "k = 0.6", "k = 0.6 and k = 1 are better, by {} and "),
+        ("figure6", "k = 1 (TAS only)", " and {} points."),
+        ("figure6", "verbose-honest: k = 1 (TAS only)", "nothing is gained by more than 2 points: {} for k = 1"),
+        ("table6", "verbose-honest: soft", ", and {} for the soft mask"),
+        ("table6", "soft", "The soft mask, which gives every token some gradient, gains {} ("),
+        ("table6", "soft", "but better ([table6](../results/table6.md)): {} points"),
+        ("table4", "entropy 0.2", "the fifth of largest entropy ends {} points from TGF"),
+        ("table4", "verbose-honest: entropy 0.2", "and among fillers {} ("),
+        ("table4", "entropy 0.4", "At 40 % the difference to S is {} points"),
+        ("table7", "reward", "does better on the one or the other, {}."),
         ("table12", "drop", "costs less than published** ([table12](../results/table12.md)): {} points to KL"),
         ("table1", "DAPO", "DAPO does not beat GRPO**: {}"),
         ("table1_large", "DAPO", "with the larger model {}"),
@@ -394,5 +423,9 @@ def test_sentences_have_the_results_numbers():
     assert f"{without[0]} % are misread, and {without[1]} % name no digit" in results
     kept = [number("figure7", f"kept, {kind}", scale=100, form=".0f") for kind in ("digits read", "fillers")]
     assert f"{kept[0]} % of the digits that are read, {kept[1]} % of fillers" in results
+    overview = (ROOT / "results" / "README.md").read_text()
+    counts = re.search(r"^(\d+) comparisons .* holds: (\d+), does not hold: (\d+), equal within 2: (\d+), undecided: (\d+)", overview, flags=re.M).groups()
+    words = "makes {} comparisons with the paper's directions. By their intervals {} hold, {} do not, {} are equal within 2 points, and {} are undecided"
+    assert words.format(*counts) in results
     slower = result("table14")["VPPO over DAPO, %"]
     assert f"takes {slower['mean']:.1f} +- {slower['half']:.1f} % longer than DAPO's" in results
