@@ -373,6 +373,7 @@ def test_sentences_have_the_results_numbers():
         ("map", "scenes-honest: VPPO", "Where the base policy never guesses nothing is decided: {} points"),
         ("map", "scenes-verbose-honest: VPPO", "{} in verbose responses. For these, three more"),
         ("table15", "verbose-honest: DAPO", "DAPO less VPPO is {} ("),
+        ("table5", "VPPO on GRPO", "loses, too** ([table5](../results/table5.md)): {} points to GRPO"),
         ("table15", "DAPO", "DAPO ends {} points above VPPO"),
         ("table15", "DAPO, same time", "as much time as VPPO ends {} points above it"),
         ("map", "scenes: VPPO", "From those of the picture it is {}, and "),
