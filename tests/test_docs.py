@@ -308,7 +308,7 @@ def test_the_benchmarks_sentences_have_its_numbers():
         (0, "(random_tokens), by {}, {}, {} and {} points to DAPO", "random_tokens", "DAPO", *head[2:]),
         (0, "than VPPO on scenes**, by {} points (vppo_soft)", "vppo_soft", "VPPO", "scenes"),
         (0, "guess**, by {} and {} points to VPPO (vppo_first_words)", "vppo_first_words", "VPPO", "scenes", "scenes-verbose"),
-        (1, "better in both regimes with guesses, by {} and {} points", "vppo_first_words", "VPPO", "scenes", "scenes-verbose"),
+        (1, "better than VPPO in both regimes with guesses, by {} and {} points", "vppo_first_words", "VPPO", "scenes", "scenes-verbose"),
         (1, "VPPO with first words gains {} points. Where the policy never", "vppo_first_words", "VPPO", "scenes-verbose"),
         (1, "the gain is {} and, in verbose responses, {}, so", "vppo_first_words", "VPPO", "scenes-honest", "scenes-verbose-honest"),
     ]:
@@ -379,7 +379,7 @@ def test_sentences_have_the_results_numbers():
         ("table5", "VPPO on GRPO", "loses, too** ([table5](../results/table5.md)): {} points to GRPO"),
         ("table15", "DAPO", "DAPO ends {} points above VPPO"),
         ("table15", "DAPO, same time", "as much time as VPPO ends {} points above it"),
-        ("map", "scenes: VPPO", "From those of the picture it is {}, and "),
+        ("map", "scenes: VPPO", "From the picture's base policies it is {}, and "),
         ("map", "scenes-verbose: VPPO", ", and {} in verbose responses."),
         ("dilution", "TGF by threshold", "{} points if only tokens with S > 0.05 are kept"),
         ("dilution", "TGF by mass", "{} if the fewest tokens are kept that hold 95 % of a response's S"),
