@@ -107,17 +107,16 @@ def by_rule(name):
     return {"method": "vppo", "rule": f"lab/rules/{name}.py"}
 
 
-def among_fillers(rows):
-    """Rows {label: settings} of a comparison that depends on the regime, in scenes-verbose-honest; each is compared with the first.
+def benchmarked(name):
+    """The same as lab.benchmark runs it: without a validation curve."""
+    return by_rule(name) | {"eval_every": 0}
 
-    Rules have no validation curve, as in lab.benchmark, whose runs these are.
-    """
-    first, *_ = rows
-    return [
-        (f"verbose-honest: {label}", mine | VERBOSE | {"eval_every": 0} if "rule" in mine else mine | VERBOSE, None,
-         None if label == first else f"verbose-honest: {first}")
-        for label, mine in rows.items()
-    ]  # fmt: skip
+
+def among_fillers(rows):
+    """Rows {label: settings} of a comparison that depends on the regime, in scenes-verbose-honest; each is compared with the first."""
+    first, *others = (f"verbose-honest: {label}" for label in rows)
+    settings = [mine | VERBOSE for mine in rows.values()]
+    return [(first, settings[0], None, None), *((label, mine, None, first) for label, mine in zip(others, settings[1:]))]
 
 
 def mapped(**settings):
@@ -198,7 +197,7 @@ TABLES = {
         ("random 0.4", method("tgf", select="random"), 54.8, "dependency 0.4"),
         *((f"entropy {k}", method("tgf", select="entropy", k=k), paper, "dependency 0.4")
           for k, paper in ((0.2, 56.0), (0.4, 55.7), (0.6, 55.8), (0.8, 55.3))),
-        *among_fillers({"dependency 0.4": method("tgf"), "random 0.4": by_rule("random_tokens"), "entropy 0.2": by_rule("entropy_80_20")}),
+        *among_fillers({"dependency 0.4": method("tgf"), "random 0.4": benchmarked("random_tokens"), "entropy 0.2": benchmarked("entropy_80_20")}),
     ], **GROWING),
     "table5": Table("VPPO on a GRPO base", [
         ("GRPO", method("grpo"), 53.1, None), ("VPPO on GRPO", method("vppo_grpo"), 54.8, "GRPO"),
@@ -206,7 +205,7 @@ TABLES = {
     ], **GROWING),
     "table6": Table("binary or soft token mask", [
         ("binary", method("vppo"), 57.5, None), ("soft", method("vppo", soft=True), 56.2, "binary"),
-        *among_fillers({"binary": method("vppo"), "soft": by_rule("vppo_soft")}),
+        *among_fillers({"binary": method("vppo"), "soft": benchmarked("vppo_soft")}),
     ], **GROWING),
     "table7": Table("alpha scales the advantage or the reward", [
         ("advantage", method("vppo"), 57.5, None), ("reward", method("vppo", shape="reward"), 56.8, "advantage"),

@@ -25,11 +25,10 @@ import numpy as np
 
 from config import Config, command_line, option
 from lab import figures, runs
-from lab.experiments import CELLS, Flags, by_rule, method, settings_of
+from lab.experiments import CELLS, Flags, benchmarked, method, settings_of
 
 PARTS = {"TAS": method("tas"), "TGF": method("tgf"), "VPPO": method("vppo")}
-RULES = {"80/20": by_rule("entropy_80_20"), "random": by_rule("random_tokens")}
-METHODS = PARTS | {name: settings | {"eval_every": 0} for name, settings in RULES.items()}  # as lab.benchmark runs them
+METHODS = PARTS | {"80/20": benchmarked("entropy_80_20"), "random": benchmarked("random_tokens")}
 DRAWS = 10_000
 
 

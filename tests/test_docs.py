@@ -355,6 +355,9 @@ def test_sentences_have_the_results_numbers():
         assert (high < 1) == (cell in told) and low < 1
     tgf = {cell: result("map")[f"{cell}: TGF"] for cell in random}
     assert f"more than {-min(cell['difference'] for cell in tgf.values()):.1f} points below DAPO" in forecast
+    rows = {point["method"]: f"{point['forecast']:.2f}" for point in validation["points"] if point["cell"] == "scenes"}
+    failed = f"on scenes 80/20 has {rows['80/20']} and TGF {rows['TGF']}, and one ends {words[1][0]} points from DAPO"
+    assert f"{failed} where the other ends {difference('map', 'scenes: TGF')}" in forecast
     means = sorted(figures.interval(point["differences"])[0] for point in random.values())
     assert f"ends {means[-1]:.1f} to {means[0]:.1f} points from DAPO in the four regimes" in results
     assert "TGF ends {}, {}, {} and {} from it".format(*(difference("map", f"{cell}: TGF") for cell in random)) in results

@@ -159,9 +159,9 @@ def test_tables_are_whole(name):
 
 
 def test_a_comparison_among_fillers():
-    first, second = experiments.among_fillers({"a": {"method": "vppo"}, "b": {"method": "vppo", "rule": "b.py"}})
+    first, second = experiments.among_fillers({"a": {"method": "vppo"}, "b": experiments.benchmarked("b")})
     assert first == ("verbose-honest: a", {"method": "vppo", "data": "scenes-verbose-honest"}, None, None)
-    assert second == ("verbose-honest: b", first[1] | {"rule": "b.py", "eval_every": 0}, None, "verbose-honest: a")
+    assert second == ("verbose-honest: b", first[1] | {"rule": "lab/rules/b.py", "eval_every": 0}, None, "verbose-honest: a")
 
 
 def test_what_one_core_can_do(capsys):
