@@ -72,23 +72,32 @@ def test_every_family_resumes_exactly(family, text_first, tmp_path, monkeypatch)
     assert same(state("again", 3), state("whole", 3)) and metrics("again") == metrics("whole")
 
 
+ENGINES = {"DDP": (False, []), "DDP, text first": (True, []), "sharded": (False, ["--shard"])}  # sharded runs refuse rows without an image
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["DDP", "DDP, text first", "sharded"])
 @pytest.mark.parametrize("family", [*FAMILIES, *TIED])
-def test_several_processes_resume_exactly(family, engine, tmp_path):
-    """Two processes. A sharded run refuses rows without an image, so text comes first under DDP alone."""
+def test_several_processes_resume_exactly(family, tmp_path):
+    """Two processes make a whole run with each engine, and two others resume them all."""
     if family == "smolvlm":
         pytest.importorskip("num2words", reason="transformers' SmolVLM processor needs: pip install num2words")
-    text_first = engine == "DDP, text first"
-    flags = family_run(family, tmp_path, text_first) + ["--shard"] * (engine == "sharded")
-    command = [*python(2), str(ROOT / "train.py")]
-    options = dict(cwd=tmp_path, env=ONE_THREAD, check=True, capture_output=True, timeout=250)
-    subprocess.run([*command, *flags, "--output", "whole"], **options)
-    check(family, text_first, tmp_path)
-    shutil.copytree(tmp_path / "whole", tmp_path / "again")
-    subprocess.run([*command, "--resume", "again/checkpoints/step-000001"], **options)
-    assert same(state(tmp_path / "again", 3), state(tmp_path / "whole", 3))
-    assert metrics(tmp_path / "again") == metrics(tmp_path / "whole")
+    folders = {engine: tmp_path / engine for engine in ENGINES}
+
+    def train_all(flags):
+        (tmp_path / "runs.json").write_text(json.dumps([[str(folders[engine]), flags[engine]] for engine in ENGINES]))
+        command = [*python(2), str(ROOT / "tests" / "train_worker.py"), str(tmp_path / "runs.json")]
+        done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    whole = {engine: family_run(family, folders[engine], text_first) + more for engine, (text_first, more) in ENGINES.items()}
+    train_all({engine: [*flags, "--output", "whole"] for engine, flags in whole.items()})
+    for engine, (text_first, _) in ENGINES.items():
+        check(family, text_first, folders[engine])
+        shutil.copytree(folders[engine] / "whole", folders[engine] / "again")
+    train_all(dict.fromkeys(ENGINES, ["--resume", "again/checkpoints/step-000001"]))
+    for engine, folder in folders.items():
+        assert same(state(folder / "again", 3), state(folder / "whole", 3)), engine
+        assert metrics(folder / "again") == metrics(folder / "whole"), engine
 
 
 # ---------------------------------------------------------------------------------------------------------------------
