@@ -393,6 +393,8 @@ def test_sentences_have_the_results_numbers():
         ("failures", "right: TGF at half", "is no better: {}"),
         ("table10", "0.06, exact", "gives DAPO {} points at 0.06"),
         ("table10", "0.06, sampled", "does nothing** ([table10](../results/table10.md)): {} at 0.06"),
+        ("table11", "noise", "cannot tell the other three from blackening, {} to "),
+        ("table11", "blur", " to {} points (paper: -1.0 to -1.1)"),
         ("figure6", "k = 0.6", "With k = 0.6 instead of 0.4 VPPO ends {} points higher"),
         ("figure6", "k = 1 (TAS only)", "where only the shaping is left, {} ("),
         ("figure6", "k = 0.6", "k = 0.6 and k = 1 are better, by {} and "),
@@ -410,6 +412,10 @@ def test_sentences_have_the_results_numbers():
         ("table1_large", "DAPO", "with the larger model {}"),
     ]:
         assert sentence.format(difference(name, label)) in results, sentence
+    for label, cell in result("table10").items():
+        if "reference" in cell:
+            mean, half = cell["difference"], cell["difference_half"]
+            assert mean > half if "exact" in label else abs(mean) + half < 2, label  # "for each of the four coefficients"
     blind = [result("table1")[label] for label in ("base", "GRPO", "DAPO", "VPPO")]
     shares = [f"{cell['blind']:.1f} +- {cell['blind_half']:.1f} %" for cell in blind]
     assert f"{blind[0]['blind']:.0f} % of the base's responses read no digit" in results
