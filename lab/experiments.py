@@ -162,13 +162,13 @@ TABLES = {
         ("DAPO", method("dapo"), None, None), ("DAPO without first words", by_rule("dapo_without_first_words"), None, "DAPO"),
         ("TGF", method("tgf"), None, "DAPO"), ("TGF with first words", by_rule("tgf_first_words"), None, "TGF"),
         ("VPPO", method("vppo"), None, "DAPO"), ("VPPO with first words", by_rule("vppo_first_words"), None, "VPPO"),
-    ], 6, "First words are those before the first token with S > 0.5 nats. DAPO keeps their gradient, TGF mostly drops it. The rules are in lab/rules."),
+    ], 10, "First words are those before the first token with S > 0.5 nats. DAPO keeps their gradient, TGF mostly drops it. The rules are in lab/rules."),
     "dilution": Table("why, two: what the filter keeps beside the tokens that look, among many fillers", [
         ("DAPO", method("dapo", **VERBOSE), None, None), ("TGF", method("tgf", **VERBOSE), None, "DAPO"),
         ("TGF by threshold", by_rule("tgf_threshold") | VERBOSE, None, "TGF"), ("TGF by mass", by_rule("tgf_mass") | VERBOSE, None, "TGF"),
         ("TGF without noise", by_rule("tgf_without_noise") | VERBOSE, None, "TGF"),
     ], 6, "In scenes-verbose-honest 40 % of a response are more tokens than look, so TGF also keeps fillers. The rules leave these places empty."),
-    "failures": Table("why, three: what goes wrong when a step has few prompts", failing("scenes, 4 prompts"), 6,
+    "failures": Table("why, three: what goes wrong when a step has few prompts", failing("scenes, 4 prompts"), 10,
         "4 prompts a step instead of 16, 80 steps, one update a step. laptop/scenes.py: failure says what the reasons mean. TGF at half: what "
         "the filter drops counts half.", "share of held-out responses, %", share, figures.stacked),
     "table1": Table("base, GRPO, DAPO, VPPO", [
