@@ -328,7 +328,7 @@ def test_the_dilution_rules_keep_the_share_that_results_says():
 def test_sentences_have_the_results_numbers():
     readme, results = (re.sub(r"\s+", " ", (ROOT / page).read_text()) for page in ("README.md", "docs/results.md"))
     vppo_, dapo = number("figure5", "VPPO"), number("figure5", "DAPO")
-    assert f"{vppo_} % of held-out answers, DAPO at {dapo} %" in readme
+    assert f"It loses on `scenes`, where the model may guess: {difference('map', 'scenes: VPPO')}" in readme
     assert f"{vppo_} % of held-out answers are right with VPPO and {dapo} % with DAPO" in results
     assert f"A VPPO that keeps them gains {difference('first_words', 'VPPO with first words')}" in readme
     validation = json.loads((ROOT / "results" / "forecast_validation.json").read_text())
@@ -373,17 +373,17 @@ def test_sentences_have_the_results_numbers():
         ("first_words", "VPPO with first words", "VPPO gains {} points"),
         ("first_words", "TGF with first words", "For the filter alone the gain is {}"),
         ("failures", "right: DAPO without first words", "With 4 prompts a step it is the same: {} points"),
-        ("map", "scenes-honest: VPPO", "Where the base policy never guesses nothing is decided: {} points"),
-        ("map", "scenes-verbose-honest: VPPO", "{} in verbose responses. For these, three more"),
-        ("table15", "verbose-honest: DAPO", "DAPO less VPPO is {} ("),
+        ("map", "scenes-honest: VPPO", "Where it never guesses and is brief, nothing is decided: {}."),
+        ("map", "scenes-verbose-honest: VPPO", "the two are equal within 2 points: {}."),
+        ("map", "scenes: VPPO", "VPPO ends {} points from DAPO on scenes, "),
+        ("map", "scenes-verbose: VPPO", " {} in verbose responses, and"),
+        ("map", "scenes, 4 prompts: VPPO", "in verbose responses, and {} with 4 prompts a step"),
+        ("map", "scenes: TGF", "From the map's base policy TGF is at {}."),
         ("table3", "[0.9, 1.1]", "{} for [0.9, 1.1] and "),
         ("table3", "[0.8, dynamic]", "{} for [0.8, dynamic] to the default"),
         ("table3", "[0.8, 1.2]", "For [0.8, 1.2] it is undecided, {}."),
         ("table5", "VPPO on GRPO", "loses, too** ([table5](../results/table5.md)): {} points to GRPO"),
-        ("table15", "DAPO", "DAPO ends {} points above VPPO"),
         ("table15", "DAPO, same time", "as much time as VPPO ends {} points above it"),
-        ("map", "scenes: VPPO", "From the picture's base policies it is {}, and "),
-        ("map", "scenes-verbose: VPPO", ", and {} in verbose responses."),
         ("dilution", "TGF by threshold", "{} points if only tokens with S > 0.05 are kept"),
         ("dilution", "TGF by mass", "{} if the fewest tokens are kept that hold 95 % of a response's S"),
         ("dilution", "TGF without noise", "{} if uncertain tokens of small S are left out"),
@@ -416,6 +416,17 @@ def test_sentences_have_the_results_numbers():
         if "reference" in cell:
             mean, half = cell["difference"], cell["difference_half"]
             assert mean > half if "exact" in label else abs(mean) + half < 2, label  # "for each of the four coefficients"
+    cells = result("map")
+    more = [cells[f"{name}: VPPO"] for name in ("scenes", "scenes-verbose", "scenes, 4 prompts", "scenes-verbose, 4 prompts")]
+    more = ["{:+.1f} +- {:.1f}".format(cell["blind_difference"], cell["blind_difference_half"]) for cell in more]
+    assert "more responses that read no digit, by {}, {}, {} and {} points".format(*more) in results
+    both = [figures.interval([x - y for x, y in zip(cells["scenes: VPPO"]["values"], cells[f"scenes: {part}"]["values"])]) for part in ("TGF", "TAS")]
+    words = "VPPO ends {:+.1f} +- {:.1f} points from TGF, the filter alone, and {:+.1f} +- {:.1f} from TAS, the shaping alone"
+    assert words.format(*both[0], *both[1]) in results
+    decided = {label for label, cell in cells.items() if "reference" in cell and abs(cell["difference"]) > cell["difference_half"]}
+    assert decided == {"scenes: VPPO", "scenes-verbose: VPPO", "scenes, 4 prompts: VPPO"}  # "Three of the 18 differences"
+    shaping = [cells[f"{regime}: TAS"] for regime in random]
+    assert all(abs(cell["difference"]) + cell["difference_half"] < 2 for cell in shaping)  # "shaping alone is within 2 points of it"
     blind = [result("table1")[label] for label in ("base", "GRPO", "DAPO", "VPPO")]
     shares = [f"{cell['blind']:.1f} +- {cell['blind_half']:.1f} %" for cell in blind]
     assert f"{blind[0]['blind']:.0f} % of the base's responses read no digit" in results
