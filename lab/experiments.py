@@ -162,6 +162,10 @@ TABLES = {
         ("DAPO", method("dapo"), None, None), ("DAPO without first words", by_rule("dapo_without_first_words"), None, "DAPO"),
         ("TGF", method("tgf"), None, "DAPO"), ("TGF with first words", by_rule("tgf_first_words"), None, "TGF"),
         ("VPPO", method("vppo"), None, "DAPO"), ("VPPO with first words", by_rule("vppo_first_words"), None, "VPPO"),
+        *(row for name in list(CELLS)[1:4] for row in [
+            (f"{name}: VPPO", method("vppo", **CELLS[name]), None, None),
+            (f"{name}: VPPO with first words", benchmarked("vppo_first_words") | CELLS[name], None, f"{name}: VPPO"),
+        ]),
     ], 10, "First words are those before the first token with S > 0.5 nats. DAPO keeps their gradient, TGF mostly drops it. The rules are in lab/rules."),
     "dilution": Table("why, two: what the filter keeps beside the tokens that look, among many fillers", [
         ("DAPO", method("dapo", **VERBOSE), None, None), ("TGF", method("tgf", **VERBOSE), None, "DAPO"),
