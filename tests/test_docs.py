@@ -388,9 +388,9 @@ def test_sentences_have_the_results_numbers():
         ("dilution", "TGF by mass", "{} if the fewest tokens are kept that hold 95 % of a response's S"),
         ("dilution", "TGF without noise", "{} if uncertain tokens of small S are left out"),
         ("failures", "reads nothing: VPPO", "These differ from DAPO's by {} and "),
-        ("failures", "misread: VPPO", " and {}, so VPPO is not shown to read better"),
-        ("failures", "right: VPPO", "VPPO ends {} from DAPO"),
-        ("failures", "right: TGF at half", "is no better: {}"),
+        ("failures", "misread: VPPO", " and {}: VPPO looks less, and is not shown to read better"),
+        ("failures", "right: VPPO", "In this cell VPPO ends at {} to DAPO"),
+        ("failures", "right: TGF at half", "halves what it drops ([`lab/rules/tgf_half.py`](../lab/rules/tgf_half.py)): {}."),
         ("table10", "0.06, exact", "gives DAPO {} points at 0.06"),
         ("table10", "0.06, sampled", "does nothing** ([table10](../results/table10.md)): {} at 0.06"),
         ("table11", "noise", "cannot tell the other three from blackening, {} to "),
@@ -434,7 +434,7 @@ def test_sentences_have_the_results_numbers():
     assert f"ROC curve is {number('dependency_quality', 'blacken, kl, prompt', form='.3f')} for KL" in results
     assert f"The area of k3 is {number('dependency_quality', 'blacken, k3, prompt', form='.3f')}" in results
     of = lambda label: number("failures", label, form=".0f")  # noqa: E731
-    assert f"no digit fall from {of('reads nothing: base')} % to {of('reads nothing: DAPO')} %" in results
+    assert f"wrong responses that name no digit fall from {of('reads nothing: base')} % to {of('reads nothing: DAPO')} %" in results
     assert f"the misread ones from {of('misread: base')} % to {of('misread: DAPO')} %" in results
     assert f"With VPPO they fall to {of('reads nothing: VPPO')} % and {of('misread: VPPO')} %" in results
     wrong = [of(f"miscomputed: {name}") for name in ("DAPO", "VPPO", "base")]
