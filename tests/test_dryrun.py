@@ -98,7 +98,7 @@ def test_sharding_divides_by_gpus_and_replicas_add_buckets():
 
 
 def test_compute_weights():
-    for bf16, shard, whole, update, gradients in [
+    for bf16, shard, whole, updating, gradients in [
         (True, False, 2 * TOTAL, 2 * TOTAL, 0),  # autocast's copy
         (False, False, 0, 0, 0),
         (True, True, 2 * TOTAL, 2 * (ROOT + 2 * TOWER), 2 * (ROOT + TOWER)),  # whole to generate; then root and two layers
@@ -106,7 +106,7 @@ def test_compute_weights():
     ]:
         sizes = memory_per_gpu(small(), 2, shard, bf16=bf16, **WORK)
         assert in_bytes(sizes["rollout"])["compute weights"] == in_bytes(sizes["score"])["compute weights"] == whole
-        assert in_bytes(sizes["update"])["compute weights"] == update
+        assert in_bytes(sizes["update"])["compute weights"] == updating
         assert in_bytes(sizes["update"])["unsharded gradients"] == gradients
 
 
