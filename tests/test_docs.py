@@ -433,6 +433,8 @@ def test_sentences_have_the_results_numbers():
     shaping = [first["VPPO"] - first["TGF"], first["VPPO with first words"] - first["TGF with first words"]]
     costs = ["{:+.1f} +- {:.1f}".format(*figures.interval(list(gap))) for gap in (*shaping, shaping[1] - shaping[0])]
     assert "on top of the filter costs {} points, and {} if both keep the first words. The change, {}, is decided".format(*costs) in results
+    later = [figures.interval(list((first[f"{cell}VPPO with first words"] - first[f"{cell}VPPO"])[6:])) for cell in ("", "scenes-verbose: ")]
+    assert "{:+.1f} +- {:.1f} with guesses, and {:+.1f} +- {:.1f} in verbose".format(*later[0], *later[1]) in results
     decided = {label for label, cell in cells.items() if "reference" in cell and abs(cell["difference"]) > cell["difference_half"]}
     assert decided == {"scenes: VPPO", "scenes-verbose: VPPO", "scenes, 4 prompts: VPPO"}  # "Three of the 18 differences"
     alone = [cells[f"{regime}: TAS"] for regime in random]
