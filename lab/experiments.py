@@ -162,7 +162,7 @@ TABLES = {
         ("DAPO", method("dapo"), None, None), ("DAPO without first words", by_rule("dapo_without_first_words"), None, "DAPO"),
         ("TGF", method("tgf"), None, "DAPO"), ("TGF with first words", by_rule("tgf_first_words"), None, "TGF"),
         ("VPPO", method("vppo"), None, "DAPO"), ("VPPO with first words", by_rule("vppo_first_words"), None, "VPPO"),
-        *(row for name in list(CELLS)[1:4] for row in [
+        *(row for name in ("scenes-honest", "scenes-verbose", "scenes-verbose-honest") for row in [
             (f"{name}: VPPO", method("vppo", **CELLS[name]), None, None),
             (f"{name}: VPPO with first words", benchmarked("vppo_first_words") | CELLS[name], None, f"{name}: VPPO"),
         ]),

@@ -236,9 +236,8 @@ def test_docs_results_has_the_results_numbers():
             assert shown.get("paper's difference", "") == ("" if gap is None else f"{gap:+.1f}")
         page = json.loads((ROOT / "results" / f"{name}.json").read_text())
         grows = experiments.TABLES[name].most and "--seeds" not in page["command"]
-        seen[name] = "three to twelve seeds" if grows else {10: "ten seeds", 3: "three seeds"}.get(page["seeds"])
-        if name in ("first_words", "dilution"):
-            seen[name] = "six or ten seeds"
+        asks_why = name in ("first_words", "dilution")
+        seen[name] = "three to twelve seeds" if grows else "six or ten seeds" if asks_why else {10: "ten seeds", 3: "three seeds"}[page["seeds"]]
         assert ("seeds" in header) == bool(grows), name
     everything = [json.loads(file.read_text()) for file in (ROOT / "results").glob("*.json")]
     scores = {page["name"] for page in everything if "avg@8" in page.get("unit", "")} - {"figure5", "map"}  # figure5 is a picture, the map has a test
