@@ -40,6 +40,7 @@ PLANS["scenes-verbose"] = PLANS["scenes-verbose-honest"] = PLANS["scenes-honest"
 FEW = {"prompts_per_step": 4, "steps": 80, "updates_per_rollout": 1, "eval_every": 20}
 CELLS = {name: {"data": name} for name in PLANS if name != "digits"}
 CELLS |= {f"{name}, 4 prompts": {"data": name, **FEW} for name in ("scenes", "scenes-verbose")}
+BRIEF, VERBOSE_CELLS = ([name for name in CELLS if ("verbose" in name) == long] for long in (False, True))
 RATES = (1.5e-4, 3e-4, 6e-4)  # the middle one is the learning rate that all methods share
 QUICK = {"steps": 2, "prompts_per_step": 4, "eval_every": 1, "eval_prompts": 4, "test_prompts": 4, "eval_samples": 2}
 # Seconds on one core: a run's start, a response trained on (the replaced ones on top), a response evaluated. Measured
@@ -119,12 +120,25 @@ def among_fillers(rows):
     return [(first, settings[0], None, None), *((label, mine, None, first) for label, mine in zip(others, settings[1:]))]
 
 
-def mapped(**settings):
-    """The rows of the map: DAPO and the parts of VPPO in every cell, each compared with DAPO in the same cell."""
+def mapped(cells=CELLS, **settings):
+    """The rows of the map: DAPO and the parts of VPPO in each of the cells, compared with DAPO in the same cell."""
     return [
         (f"{cell}: {name}", method(key, **CELLS[cell], **settings), None, None if name == "DAPO" else f"{cell}: DAPO")
-        for cell in CELLS for name, key in (("DAPO", "dapo"), ("TAS", "tas"), ("TGF", "tgf"), ("VPPO", "vppo"))
+        for cell in cells for name, key in (("DAPO", "dapo"), ("TAS", "tas"), ("TGF", "tgf"), ("VPPO", "vppo"))
     ]  # fmt: skip
+
+
+def rates(cells):
+    """The table by which each method gets a learning rate of its own in these cells: validation, two seeds."""
+    rows = [(f"{label}, lr {lr}", settings | {"lr": lr}, None, None) for label, settings, *_ in mapped(cells) for lr in RATES]
+    note = "The mean of the last two validation points. The best rate of a row is the one that map_own takes."
+    return Table("three learning rates, on validation", rows, 2, note, "validation avg@8, %", last_validation)
+
+
+def own(cells):
+    """The table that is the map again, in these cells, where each method has the best of its three learning rates."""
+    return Table("the map again, each method at its own best learning rate", mapped(cells, lr="own"), 10,
+                 "The rates were chosen on validation (map_rates).", picture=figures.against)  # fmt: skip
 
 
 def share(record, label):
@@ -153,11 +167,7 @@ def per_kind(prefix):
 
 TABLES = {
     "map": Table("DAPO, TAS, TGF and VPPO in every regime, at the learning rate that all share", mapped(), 10, picture=figures.against),
-    "map_rates": Table("the same on validation, at three learning rates", [
-        (f"{label}, lr {lr}", settings | {"lr": lr}, None, None) for label, settings, *_ in mapped() for lr in RATES
-    ], 2, "The mean of the last two validation points, by which map_own chooses a rate.", "validation avg@8, %", last_validation),
-    "map_own": Table("the map, each method at its own best of three learning rates", mapped(lr="own"), 10,
-                     "The rates were chosen on validation (map_rates).", picture=figures.against),
+    "map_rates": rates(BRIEF), "map_own": own(BRIEF), "map_rates_verbose": rates(VERBOSE_CELLS), "map_own_verbose": own(VERBOSE_CELLS),
     "first_words": Table("why, one: what happens to the words that decide whether a response looks", [
         ("DAPO", method("dapo"), None, None), ("DAPO without first words", by_rule("dapo_without_first_words"), None, "DAPO"),
         ("TGF", method("tgf"), None, "DAPO"), ("TGF with first words", by_rule("tgf_first_words"), None, "TGF"),
@@ -311,9 +321,8 @@ def same_time(flags):
 
 
 def own_rate(overrides, flags):
-    """The learning rate that did best for a row in map_rates; before that has run, the shared one."""
-    file = Path(flags.output) / "map_rates.json"
-    cells = json.loads(file.read_text())["cells"] if file.exists() else []
+    """The learning rate that did best for a row of the map in map_rates; before that has run, the shared one."""
+    cells = [cell for file in Path(flags.output).glob("map_rates*.json") for cell in json.loads(file.read_text())["cells"]]
     same = [cell for cell in cells if cell["settings"] | {"lr": "own"} == overrides]
     return max(same, key=lambda cell: cell["mean"])["settings"]["lr"] if same else RATES[1]
 

@@ -92,18 +92,21 @@ def with_base(table, folder, build=False):
     """{label: [settings]} of a table -> the same, each with its `base`: runs that are compared start from the same weights.
 
     A warm-up rounds otherwise on another kind of processor, and ends at another model, for which methods may differ otherwise. So
-    runs are compared seed by seed, and all runs of a seed are of one base: of this machine's, or of another one's that has them all.
-    Where none has, they are to be made with this machine's, which is warmed up first (build).
+    runs are compared seed by seed, and all runs of a seed are of one base that has them all: of several, the one that has most
+    of the seeds, then this machine's. Where none has, they are to be made with this machine's, which is warmed up first (build).
     """
     folder, groups, chosen = Path(folder), {}, {}
-    known = {json.loads(file.read_text())["identity"].get("base", "") for file in folder.glob("*.json")}
+    known = sorted({json.loads(file.read_text())["identity"].get("base", "") for file in folder.glob("*.json")})
     for settings in itertools.chain(*table.values()):
         groups.setdefault(tuple(settings[key] for key in ("model", "data", "seed")), []).append(settings)
-    for (model, data, seed), group in groups.items():
+    whole = {
+        base: {key for key, group in groups.items() if all(find(settings | {"base": base}, folder) for settings in group)} for base in known
+    }
+    for model, data, seed in groups:
         here = base_of(model, data)
-        whole = (base for base in [here, *sorted(known)] if all(find(settings | {"base": base}, folder) for settings in group))
-        base = next(whole, None)
-        chosen[model, data, seed] = base_of(model, data, build) if base is None else base
+        bases = [base for base in known if (model, data, seed) in whole[base]]
+        best = max(bases, key=lambda base: (len(whole[base]), base == here), default=None)
+        chosen[model, data, seed] = base_of(model, data, build) if best is None else best
     return {
         label: [settings | {"base": chosen[settings["model"], settings["data"], settings["seed"]]} for settings in row]
         for label, row in table.items()

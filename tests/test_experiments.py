@@ -19,7 +19,7 @@ from vppo import Batch
 
 QUICK = ["--quick", "--data", "digits", "--jobs", "1"]
 FLAGS = Flags(data="digits", quick=True, output="nowhere")
-NOT_MADE_YET = ["map_rates", "map_own"]  # tables whose runs take hours; a name leaves this list with its results
+NOT_MADE_YET = ["map_rates_verbose", "map_own_verbose"]  # tables whose runs take hours; a name leaves this list with its results
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +113,27 @@ def test_runs_of_a_seed_start_from_the_same_weights(tmp_path, monkeypatch):
     # Weights that are not there yet are built only for runs that are to be made.
     other = {"dapo": [common | {"method": "dapo", "seed": 0, "data": "scenes-honest"}]}
     assert [runs.with_base(other, tmp_path, build)["dapo"][0]["base"] for build in (False, True)] == ["", "here"]
+
+
+def test_of_several_bases_that_which_has_most_seeds_is_taken(tmp_path, monkeypatch):
+    """This machine has seed 0 and another one seeds 0 and 1: both seeds are of the other. With one seed each, this machine's counts."""
+    monkeypatch.setattr(runs, "base_of", lambda *_, **__: "here")
+    table = {"dapo": [{"model": "tiny", "data": "scenes", "steps": 2, "method": "dapo", "seed": seed} for seed in (0, 1)]}
+    for seed, base in [(0, "here"), (0, "a"), (1, "a")]:
+        settings = table["dapo"][seed] | {"base": base}
+        runs.file_of(settings, tmp_path).write_text(json.dumps({"identity": runs.identity(settings)}))
+    assert [settings["base"] for settings in runs.with_base(table, tmp_path)["dapo"]] == ["a", "a"]
+    assert [settings["base"] for settings in runs.with_base({"dapo": table["dapo"][:1]}, tmp_path)["dapo"]] == ["here"]
+
+
+def test_own_rate_is_the_best_of_map_rates(tmp_path):
+    """The largest of the three rates is best for TAS. TGF and the other cell have no row, so they take the rate that all share."""
+    rows = {label: overrides for label, overrides, *_ in TABLES["map_own"].rows}
+    cells = [{"settings": rows["scenes: TAS"] | {"lr": lr}, "mean": mean} for lr, mean in zip(experiments.RATES, (40.0, 41.0, 42.0), strict=True)]
+    (tmp_path / "map_rates.json").write_text(json.dumps({"cells": cells}))
+    flags = Flags(output=str(tmp_path))
+    assert experiments.settings_of(rows["scenes: TAS"], 0, flags)["lr"] == 6e-4
+    assert experiments.settings_of(rows["scenes: TGF"], 0, flags)["lr"] == experiments.settings_of(rows["scenes, 4 prompts: TAS"], 0, flags)["lr"] == 3e-4
 
 
 def test_a_run_from_other_weights_than_asked_for_is_refused(tiny_folder, tmp_path):
