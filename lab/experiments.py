@@ -27,7 +27,7 @@ from tqdm import tqdm
 import dependency
 from config import command_line, option
 from lab import figures, runs
-from laptop.scenes import FAILURES
+from laptop.scenes import FAILURES, REGIMES
 
 # What all methods share, task by task: fixed before methods are compared, tuned on DAPO and validation data alone.
 PLANS = {
@@ -40,7 +40,6 @@ PLANS["scenes-verbose"] = PLANS["scenes-verbose-honest"] = PLANS["scenes-honest"
 FEW = {"prompts_per_step": 4, "steps": 80, "updates_per_rollout": 1, "eval_every": 20}
 CELLS = {name: {"data": name} for name in PLANS if name != "digits"}
 CELLS |= {f"{name}, 4 prompts": {"data": name, **FEW} for name in ("scenes", "scenes-verbose")}
-BRIEF, VERBOSE_CELLS = ([name for name in CELLS if ("verbose" in name) == long] for long in (False, True))
 RATES = (1.5e-4, 3e-4, 6e-4)  # the middle one is the learning rate that all methods share
 QUICK = {"steps": 2, "prompts_per_step": 4, "eval_every": 1, "eval_prompts": 4, "test_prompts": 4, "eval_samples": 2}
 # Seconds on one core: a run's start, a response trained on (the replaced ones on top), a response evaluated. Measured
@@ -128,17 +127,19 @@ def mapped(cells=CELLS, **settings):
     ]  # fmt: skip
 
 
-def rates(cells):
-    """The table by which each method gets a learning rate of its own in these cells: validation, two seeds."""
-    rows = [(f"{label}, lr {lr}", settings | {"lr": lr}, None, None) for label, settings, *_ in mapped(cells) for lr in RATES]
-    note = "The mean of the last two validation points. The best rate of a row is the one that map_own takes."
-    return Table("three learning rates, on validation", rows, 2, note, "validation avg@8, %", last_validation)
+def rates_of(data):
+    """The table by which each method gets a learning rate of its own in the cells of a regime: three rates, on validation."""
+    rows = mapped([cell for cell in CELLS if CELLS[cell]["data"] == data])
+    rows = [(f"{label}, lr {lr:g}", settings | {"lr": lr}, None, None) for label, settings, *_ in rows for lr in RATES]
+    note = f"The mean of the last two validation points. The best rate of each method is the one that own_{data} takes."
+    return Table(f"{data}: three learning rates, on validation", rows, 2, note, "validation avg@8, %", last_validation, figures.by_rate)
 
 
-def own(cells):
-    """The table that is the map again, in these cells, where each method has the best of its three learning rates."""
-    return Table("the map again, each method at its own best learning rate", mapped(cells, lr="own"), 10,
-                 "The rates were chosen on validation (map_rates).", picture=figures.against)  # fmt: skip
+def own_of(data):
+    """The table that is the map again, in the cells of a regime, where each method has the best of its three rates."""
+    rows = mapped([cell for cell in CELLS if CELLS[cell]["data"] == data], lr="own")
+    note = f"The rates were chosen on validation, by rates_{data}."
+    return Table(f"{data}: the map again, each method at its own best learning rate", rows, 10, note, picture=figures.against)
 
 
 def share(record, label):
@@ -167,7 +168,7 @@ def per_kind(prefix):
 
 TABLES = {
     "map": Table("DAPO, TAS, TGF and VPPO in every regime, at the learning rate that all share", mapped(), 10, picture=figures.against),
-    "map_rates": rates(BRIEF), "map_own": own(BRIEF), "map_rates_verbose": rates(VERBOSE_CELLS), "map_own_verbose": own(VERBOSE_CELLS),
+    **{f"{name}_{data}": table(data) for data in REGIMES for name, table in (("rates", rates_of), ("own", own_of))},
     "first_words": Table("why, one: what happens to the words that decide whether a response looks", [
         ("DAPO", method("dapo"), None, None), ("DAPO without first words", by_rule("dapo_without_first_words"), None, "DAPO"),
         ("TGF", method("tgf"), None, "DAPO"), ("TGF with first words", by_rule("tgf_first_words"), None, "TGF"),
@@ -321,8 +322,9 @@ def same_time(flags):
 
 
 def own_rate(overrides, flags):
-    """The learning rate that did best for a row of the map in map_rates; before that has run, the shared one."""
-    cells = [cell for file in Path(flags.output).glob("map_rates*.json") for cell in json.loads(file.read_text())["cells"]]
+    """The learning rate that did best for a row of the map on validation (rates_of); before that has run, the shared one."""
+    file = Path(flags.output) / f"rates_{overrides['data']}.json"
+    cells = json.loads(file.read_text())["cells"] if file.exists() else []
     same = [cell for cell in cells if cell["settings"] | {"lr": "own"} == overrides]
     return max(same, key=lambda cell: cell["mean"])["settings"]["lr"] if same else RATES[1]
 

@@ -4,6 +4,7 @@ Intervals are 95 % by Student's t over seeds, the unit of evidence between runs.
 two methods start from the same weights and draw from the same sequence of prompts; the interval is of their differences.
 """
 
+import re
 import statistics
 
 import numpy as np
@@ -171,7 +172,7 @@ def scores(result, link):
 def overview(results):
     """One page over all results: their scores in short, then every comparison whose direction the paper states."""
     link = {r["name"]: f"[{r['name']}]({r['name']}.md)" for r in results}
-    short = [row for r in results if "avg@8" in r["unit"] for row in scores(r, link[r["name"]])]
+    short = [row for r in results if "held-out avg@8" in r["unit"] for row in scores(r, link[r["name"]])]
     table = grid(["page", "seeds", "", "here, %", "paper, %", "decided difference"], short)
     titles = "\n".join(f"* {link[r['name']]}: {r['title']}" for r in results)
     rows = [[link[r["name"]], *row] for r in results for row in compared(r) if row[-1]]
@@ -252,6 +253,24 @@ def against(figure, result, records):
     axes.set_yticks(range(len(places)), places)
     axes.set_ylim(len(places) - 0.5, -0.5)
     axes.set_xlabel(f"{result['unit']}: difference to DAPO, 95 % interval over {result['seeds']} seed(s)")
+    axes.legend()
+
+
+def by_rate(figure, result, records):
+    """The score at each learning rate: a panel a cell, a line a method. Labels are "cell: method, lr RATE"."""
+    parts = [re.fullmatch(r"(.+): (.+), lr (.+)", cell["label"]).groups() for cell in result["cells"]]
+    places, methods = (list(dict.fromkeys(part[i] for part in parts)) for i in (0, 1))
+    figure.set_size_inches(1 + 4 * len(places), 4)
+    for place, axes in zip(places, np.atleast_1d(figure.subplots(1, len(places), sharey=True))):
+        for number, name in enumerate(methods):
+            points = [(float(rate), cell["mean"]) for (where, who, rate), cell in zip(parts, result["cells"]) if (where, who) == (place, name)]
+            colour, line = STYLES[number % len(STYLES)]
+            axes.plot(*zip(*points), line, marker="osD^"[number % 4], color=colour, label=name)
+        rates = sorted({float(rate) for *_, rate in parts})
+        axes.set_xscale("log")
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.set(title=place, xlabel=f"learning rate, mean over {result['seeds']} seed(s)", ylabel=result["unit"] if place == places[0] else "")
     axes.legend()
 
 

@@ -240,8 +240,8 @@ def test_docs_results_has_the_results_numbers():
         seen[name] = "three to twelve seeds" if grows else "six or ten seeds" if asks_why else {10: "ten seeds", 3: "three seeds"}[page["seeds"]]
         assert ("seeds" in header) == bool(grows), name
     everything = [json.loads(file.read_text()) for file in (ROOT / "results").glob("*.json")]
-    scores = {page["name"] for page in everything if "avg@8" in page.get("unit", "")} - {"figure5", "map"}  # figure5 is a picture, the map has a test
-    assert scores == set(seen)
+    scores = {page["name"] for page in everything if "held-out avg@8" in page.get("unit", "")}
+    assert {name for name in scores if name not in ("figure5", "map") and not name.startswith("own_")} == set(seen)  # a picture; a test each
     text = (ROOT / "docs" / "results.md").read_text()
     parts = {part.splitlines()[0].split(", ")[-1]: part for part in re.split(r"^## ", text, flags=re.M) if "### [" in part}
     assert all(f"### [{name}]" in parts[seeds] for name, seeds in seen.items())
@@ -258,18 +258,34 @@ def difference(name, label):
     return f"{cell['difference']:+.1f} +- {cell['difference_half']:.1f}"
 
 
-def test_the_map_is_that_of_results():
+def table_after(heading):
+    """The cells of the rows of the first table of docs/results.md behind these words, without its head."""
+    part = (ROOT / "docs" / "results.md").read_text().split(heading, 1)[1].split("\n| --- ", 1)[1].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines()[1:]]
+
+
+@pytest.mark.parametrize("heading, name", [("# The paper's tables at laptop size", "map"), ("**Ten seeds on held-out data", "own_scenes")])
+def test_the_map_is_that_of_results(heading, name):
     """A row for each cell: DAPO's score, and the differences of TAS, TGF and VPPO to it, bold where an interval leaves 0 out."""
-    cells = result("map")
-    part = (ROOT / "docs" / "results.md").read_text().split("| DAPO, % | TAS | TGF | VPPO |\n")[1].split("\n\n")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines()[1:]]
-    assert [name for name, *_ in rows] == list(dict.fromkeys(label.split(": ")[0] for label in cells))
-    for name, dapo, *others in rows:
-        assert dapo == f"{cells[f'{name}: DAPO']['mean']:.1f} +- {cells[f'{name}: DAPO']['half']:.1f}"
+    cells, rows = result(name), table_after(heading)
+    assert [cell for cell, *_ in rows] == list(dict.fromkeys(label.split(": ")[0] for label in cells))
+    for cell, dapo, *others in rows:
+        assert dapo == f"{cells[f'{cell}: DAPO']['mean']:.1f} +- {cells[f'{cell}: DAPO']['half']:.1f}"
         for method, shown in zip(("TAS", "TGF", "VPPO"), others, strict=True):
-            mean, half = (cells[f"{name}: {method}"][key] for key in ("difference", "difference_half"))
+            mean, half = (cells[f"{cell}: {method}"][key] for key in ("difference", "difference_half"))
             bold = "**" * (abs(mean) > half)
             assert shown == f"{bold}{mean:+.1f} +- {half:.1f}{bold}"
+
+
+def test_the_learning_rates_are_those_of_results():
+    """A row for each method in each cell that has been asked: validation at the three rates, the best one bold."""
+    made = [name for name in experiments.TABLES if name.startswith("rates_") and (ROOT / "results" / f"{name}.json").exists()]
+    means = {label: cell["mean"] for name in made for label, cell in result(name).items()}
+    rows = table_after("## Is it the learning rate?")
+    assert [label for label, *_ in rows] == list(dict.fromkeys(label.split(", lr")[0] for label in means))
+    for label, *shown in rows:
+        here = [means[f"{label}, lr {rate:g}"] for rate in experiments.RATES]
+        assert shown == [f"**{mean:.1f}**" if mean == max(here) else f"{mean:.1f}" for mean in here], label
 
 
 def test_signal_by_regime_is_that_of_the_forecasts():
