@@ -327,13 +327,13 @@ def test_pictures(tmp_path):
               "S": [9, 1, 0], "mean_S": [0.1, 0.2], "problem": "?", "digits": "",
               "responses": [[["a ", 0.1, True], [" $b_$", 2.0, False]]]}  # fmt: skip
     other = record | {"curve": [[1, 0.4], [2, 0.8]]}
-    result = {"seeds": 2, "unit": "x", "cells": [{"label": "a", "mean": 1.0, "half": None, "values": [1.0]}]}
+    result = {"seeds": 2, "unit": "x", "cells": [{"label": "a: b, lr 0.1", "mean": 1.0, "half": None, "values": [1.0]}]}
     for picture in {table.picture for table in TABLES.values()}:
-        figures.draw(picture, result, {"a": [record, other], "b": [other, other]}, tmp_path / "picture.png")
+        figures.draw(picture, result, {"a: b, lr 0.1": [record, other], "b": [other, other]}, tmp_path / "picture.png")
         assert (tmp_path / "picture.png").stat().st_size > 3000
         (tmp_path / "picture.png").unlink()
     drawn = figure()
-    figures.curves(drawn, result, {"a": [record, other]})
+    figures.curves(drawn, result, {"a: b, lr 0.1": [record, other]})
     assert drawn.axes[0].lines[0].get_ydata().tolist() == pytest.approx([30, 60])
 
 
