@@ -119,27 +119,25 @@ def among_fillers(rows):
     return [(first, settings[0], None, None), *((label, mine, None, first) for label, mine in zip(others, settings[1:]))]
 
 
-def mapped(cells=CELLS, **settings):
-    """The rows of the map: DAPO and the parts of VPPO in each of the cells, compared with DAPO in the same cell."""
+def mapped(data=None, **settings):
+    """The rows of the map, or of the cells of one regime: DAPO and the parts of VPPO, each compared with DAPO in the same cell."""
     return [
         (f"{cell}: {name}", method(key, **CELLS[cell], **settings), None, None if name == "DAPO" else f"{cell}: DAPO")
-        for cell in cells for name, key in (("DAPO", "dapo"), ("TAS", "tas"), ("TGF", "tgf"), ("VPPO", "vppo"))
+        for cell in CELLS if data in (None, CELLS[cell]["data"]) for name, key in (("DAPO", "dapo"), ("TAS", "tas"), ("TGF", "tgf"), ("VPPO", "vppo"))
     ]  # fmt: skip
 
 
 def rates_of(data):
     """The table by which each method gets a learning rate of its own in the cells of a regime: three rates, on validation."""
-    rows = mapped([cell for cell in CELLS if CELLS[cell]["data"] == data])
-    rows = [(f"{label}, lr {lr:g}", settings | {"lr": lr}, None, None) for label, settings, *_ in rows for lr in RATES]
+    rows = [(f"{label}, lr {lr:g}", settings | {"lr": lr}, None, None) for label, settings, *_ in mapped(data) for lr in RATES]
     note = f"The mean of the last two validation points. The best rate of each method is the one that own_{data} takes."
     return Table(f"{data}: three learning rates, on validation", rows, 2, note, "validation avg@8, %", last_validation, figures.by_rate)
 
 
 def own_of(data):
     """The table that is the map again, in the cells of a regime, where each method has the best of its three rates."""
-    rows = mapped([cell for cell in CELLS if CELLS[cell]["data"] == data], lr="own")
     note = f"The rates were chosen on validation, by rates_{data}."
-    return Table(f"{data}: the map again, each method at its own best learning rate", rows, 10, note, picture=figures.against)
+    return Table(f"{data}: the map again, each method at its own best learning rate", mapped(data, lr="own"), 10, note, picture=figures.against)
 
 
 def share(record, label):

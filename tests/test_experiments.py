@@ -19,7 +19,8 @@ from vppo import Batch
 
 QUICK = ["--quick", "--data", "digits", "--jobs", "1"]
 FLAGS = Flags(data="digits", quick=True, output="nowhere")
-NOT_MADE_YET = ["own_scenes-honest", *(f"{name}_{data}" for data in ("scenes-verbose", "scenes-verbose-honest") for name in ("rates", "own"))]  # tables whose runs take hours; a name leaves this list with its results
+# Tables whose runs take hours; a name leaves this list with its results.
+NOT_MADE_YET = ["own_scenes-honest", "rates_scenes-verbose", "own_scenes-verbose", "rates_scenes-verbose-honest", "own_scenes-verbose-honest"]
 
 
 @pytest.fixture(autouse=True)
