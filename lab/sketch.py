@@ -77,7 +77,8 @@ class Tally:
         """Count sketched gradients, (M, size), each the sum of those of `groups` groups."""
         self.sums[:, block] += vectors
         vectors = vectors.double()
-        self.products[:, :, block] += torch.stack([vectors.square().sum(1), vectors @ vectors[0]])
+        # No matrix product: on some processors it adds up equal rows in another order, and equal methods would differ in the last bit.
+        self.products[:, :, block] += torch.stack([vectors.square().sum(1), (vectors * vectors[0]).sum(1)])
         self.counts[:, block] += torch.tensor([groups, groups * (groups - 1)])
 
     def gathered(self):
